@@ -1,0 +1,5 @@
+"""GPU ops of zeroi2v, usable without it: head-shifted attention on packed qkv."""
+
+from zeroi2v_kernels.stdha import choose_backend, stdha, stdha_reference, stdha_split
+
+__all__ = ["choose_backend", "stdha", "stdha_reference", "stdha_split"]

@@ -1,0 +1,174 @@
+"""Bias and activation in one pass over memory, forward and backward, in Triton.
+
+    out = act(x + bias)        quick_gelu: act(u) = u sigmoid(1.702 u)
+                               gelu:       act(u) = u (1 + erf(u / sqrt 2)) / 2
+
+Written out in PyTorch QuickGELU reads and writes its operand seven times. The backward computes
+act'(x + bias) again from x. Arithmetic is in float32. Importing this module imports triton.
+
+Source: QuickGELU is CLIP's (arXiv 2103.00020, its released model.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from zeroi2v_kernels.dot import INTERPRET
+
+KINDS = ("quick_gelu", "gelu")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_BLOCK = (4, 1024)  # rows and columns of a program's tile
+_WARPS = 8
+
+
+def bias_activation_reference(x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    """The definition of the op, in plain PyTorch. Arguments and result as in `bias_activation`."""
+    u = x if bias is None else x + bias
+    return u * torch.sigmoid(1.702 * u) if kind == "quick_gelu" else F.gelu(u)
+
+
+def bias_activation(x: Tensor, bias: Tensor | None = None, kind: str = "quick_gelu") -> Tensor:
+    """`act(x + bias)` of `x [..., C]` and `bias [C]`, in the dtype of `x`.
+
+    Raises ValueError for a shape, dtype, device or kind that does not fit.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}: got {kind!r}")
+    if bias is not None and bias.shape != x.shape[-1:]:
+        raise ValueError(f"bias must be [{x.shape[-1]}]: got {list(bias.shape)}")
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"x must be float32, bfloat16 or float16: got {x.dtype}")
+    if not (x.is_cuda or INTERPRET):
+        raise ValueError(f"x must be on a CUDA device: got {x.device}")
+    return activation_forward(x, bias, kind)
+
+
+@triton.jit
+def _tile(COLUMNS, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """Row and column numbers of this program's tile: [BLOCK_ROWS, 1], [1, BLOCK_COLUMNS]."""
+    blocks = tl.cdiv(COLUMNS, BLOCK_COLUMNS)
+    program = tl.program_id(0)
+    rows = (program // blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = program % blocks * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    return rows[:, None], columns[None, :]
+
+
+@triton.jit
+def _activation_fwd_kernel(
+    x_ptr, bias_ptr, out_ptr, num_rows,
+    COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, QUICK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    rows, columns = _tile(COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
+    mask = (rows < num_rows) & (columns < COLUMNS)
+    offsets = rows * COLUMNS + columns
+    u = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        u += tl.load(bias_ptr + columns, mask=columns < COLUMNS, other=0.0).to(tl.float32)
+    out = u * (tl.sigmoid(1.702 * u) if QUICK else 0.5 + 0.5 * tl.erf(u * 0.7071067811865476))
+    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _activation_bwd_kernel(
+    grad_ptr, x_ptr, bias_ptr, out_ptr, num_rows,
+    COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, QUICK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    rows, columns = _tile(COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
+    mask = (rows < num_rows) & (columns < COLUMNS)
+    offsets = rows * COLUMNS + columns
+    u = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        u += tl.load(bias_ptr + columns, mask=columns < COLUMNS, other=0.0).to(tl.float32)
+    if QUICK:
+        s = tl.sigmoid(1.702 * u)
+        slope = s * (1 + 1.702 * u * (1 - s))
+    else:
+        density = 0.3989422804014327 * tl.exp(-0.5 * u * u)
+        slope = 0.5 + 0.5 * tl.erf(u * 0.7071067811865476) + u * density
+    tl.store(out_ptr + offsets, (grad * slope).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def _launch(kernel, tensors: tuple[Tensor | None, ...], kind: str, has_bias: bool) -> None:
+    """Runs `kernel` over the rows of its last tensor."""
+    columns = tensors[-1].shape[-1]
+    num_rows = tensors[-1].numel() // max(columns, 1)
+    grid = (triton.cdiv(num_rows, _BLOCK[0]) * triton.cdiv(columns, _BLOCK[1]),)
+    constants = (columns, has_bias, kind == "quick_gelu", *_BLOCK)
+    if num_rows and columns:
+        # Triton launches on the current device, which need not be the tensors'.
+        with torch.cuda.device(tensors[-1].device) if tensors[-1].is_cuda else nullcontext():
+            kernel[grid](*tensors, num_rows, *constants, num_warps=_WARPS)
+
+
+@torch.library.custom_op("zeroi2v::activation_forward", mutates_args=())
+def activation_forward(x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    """`bias_activation` without its checks."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _launch(_activation_fwd_kernel, (x.contiguous(), bias, out), kind, bias is not None)
+    return out
+
+
+@activation_forward.register_fake
+def _(x, bias, kind):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("zeroi2v::activation_backward", mutates_args=())
+def activation_backward(grad: Tensor, x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    """Gradient of x for that of the output."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    tensors = (grad.contiguous(), x.contiguous(), bias, out)
+    _launch(_activation_bwd_kernel, tensors, kind, bias is not None)
+    return out
+
+
+@activation_backward.register_fake
+def _(grad, x, bias, kind):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _save(ctx, inputs, output):
+    x, bias, ctx.kind = inputs
+    ctx.save_for_backward(x, bias)
+
+
+def _backward(ctx, grad):
+    x, bias = ctx.saved_tensors
+    x_grad = activation_backward(grad, x, bias, ctx.kind)
+    bias_grad = None
+    if ctx.needs_input_grad[1]:
+        bias_grad = x_grad.flatten(0, -2).sum(0, dtype=torch.float32).to(bias.dtype)
+    return x_grad, bias_grad, None
+
+
+activation_forward.register_autograd(_backward, setup_context=_save)
+
+
+def compile_cases(arch: int) -> Iterator[dict]:
+    """Every kernel and configuration shipped for `arch`, as `stdha_launch.compile_cases`."""
+    for kernel in (_activation_fwd_kernel, _activation_bwd_kernel):
+        for kind in KINDS:
+            constants = dict(
+                COLUMNS=3072, HAS_BIAS=False, QUICK=kind == "quick_gelu",
+                BLOCK_ROWS=_BLOCK[0], BLOCK_COLUMNS=_BLOCK[1], bias_ptr=None,
+            )  # fmt: skip
+            names = [name for name in kernel.arg_names if name not in constants]
+            direction = "forward" if kernel is _activation_fwd_kernel else "backward"
+            yield dict(
+                name=f"{kind} {direction} bf16",
+                kernel=kernel,
+                types={n: "*bf16" if n.endswith("_ptr") else "i32" for n in names},
+                constants=constants,
+                options=dict(num_warps=_WARPS),
+                tensor_cores=False,
+            )

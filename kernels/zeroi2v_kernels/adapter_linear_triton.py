@@ -1,0 +1,289 @@
+"""Triton kernels of the linear adapter: the fused bottleneck, forward and backward, and dropout.
+
+    mid = mask * (first_scale * x FIRST + first_bias)                     [n, R]
+    out = x + residual + scale * (mid SECOND + second_bias)               [n, C]
+
+Forward: FIRST = D^T, SECOND = U^T. Backward, with the output's gradient as x: FIRST = U,
+SECOND = D. The middle stays in registers, as at most two tiles that are powers of 2 wide; x is
+read twice, the second time from the cache. A mask is a pure function of seed, place, row and column
+(Philox with 7 rounds), so that nothing is stored. Importing this module imports triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from zeroi2v_kernels.dot import INTERPRET, _dot
+
+
+class Launch(NamedTuple):
+    """Tile sizes in rows, input channels and output channels; warps, stages of the loads ahead."""
+
+    block_m: int
+    block_k: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+# By compute capability; every entry is compiled by tests/test_compile_kernels.py.
+LAUNCH = {
+    80: Launch(64, 32, 32, 8, 2),
+    90: Launch(64, 64, 64, 8, 2),
+    100: Launch(64, 64, 64, 8, 2),
+}
+_DROPOUT_BLOCK = (16, 256)
+
+
+@triton.jit
+def _keep(seed, rows, columns, PLACE: tl.constexpr, DROPPED: tl.constexpr):
+    """0 or 1 / (1 - p) for p = DROPPED / 2^16, at rows [ROWS] and columns [COLUMNS]."""
+    row = rows[:, None] + columns[None, :] * 0
+    column = rows[:, None] * 0 + columns[None, :]
+    bits, _, _, _ = tl.philox(
+        seed, row.to(tl.uint32), column.to(tl.uint32), row.to(tl.uint32) * 0 + PLACE,
+        row.to(tl.uint32) * 0, 7,
+    )  # fmt: skip
+    return tl.where((bits >> 16) >= DROPPED, 65536 / (65536 - DROPPED), 0.0)
+
+
+@triton.jit
+def _dropout_kernel(
+    x_ptr, seed_ptr, out_ptr, num_rows,
+    R: tl.constexpr, PLACE: tl.constexpr, DROPPED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask = (rows[:, None] < num_rows) & (columns[None, :] < R)
+    offsets = rows[:, None].to(tl.int64) * R + columns[None, :]
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    out = x * _keep(tl.load(seed_ptr), rows, columns, PLACE, DROPPED)
+    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _load_first(ptr, k, start, SIZE: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
+                BACKWARD: tl.constexpr):  # fmt: skip
+    """FIRST at channels k and the middle's columns start ... start + SIZE: [BLOCK_K, SIZE]."""
+    r = start + tl.arange(0, SIZE)
+    if BACKWARD:  # U [C, R]
+        return tl.load(
+            ptr + k[:, None] * R + r[None, :], mask=(k[:, None] < C) & (r[None, :] < R), other=0.0
+        )
+    down = tl.load(  # D [R, C]
+        ptr + r[:, None] * C + k[None, :], mask=(k[None, :] < C) & (r[:, None] < R), other=0.0
+    )
+    return tl.trans(down)
+
+
+@triton.jit
+def _load_second(ptr, start, n, SIZE: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
+                 BACKWARD: tl.constexpr):  # fmt: skip
+    """SECOND at the middle's columns start ... start + SIZE and channels n: [SIZE, BLOCK_N]."""
+    r = start + tl.arange(0, SIZE)
+    if BACKWARD:  # D [R, C]
+        return tl.load(
+            ptr + r[:, None] * C + n[None, :], mask=(r[:, None] < R) & (n[None, :] < C), other=0.0
+        )
+    up = tl.load(  # U [C, R]
+        ptr + n[:, None] * R + r[None, :], mask=(r[None, :] < R) & (n[:, None] < C), other=0.0
+    )
+    return tl.trans(up)
+
+
+@triton.jit
+def _finish(acc, rows, start, bias_ptr, seed_ptr, mid_ptr, num_rows, first_scale,
+            SIZE: tl.constexpr, R: tl.constexpr, BACKWARD: tl.constexpr, PLACE: tl.constexpr,
+            DROPPED: tl.constexpr, KEEP_MID: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """The middle's columns start ... start + SIZE, rounded, and stored if it is to be kept."""
+    r = start + tl.arange(0, SIZE)
+    acc *= first_scale
+    if not BACKWARD:
+        acc += tl.load(bias_ptr + r, mask=r < R, other=0.0).to(tl.float32)[None, :]
+    if DROPPED:
+        acc *= _keep(tl.load(seed_ptr), rows, r, PLACE, DROPPED)
+    mid = acc.to(DTYPE)
+    if KEEP_MID:
+        pointers = mid_ptr + rows[:, None].to(tl.int64) * R + r[None, :]
+        tl.store(pointers, mid, mask=(rows[:, None] < num_rows) & (r[None, :] < R))
+    return mid
+
+
+@triton.jit
+def _bottleneck_kernel(
+    x_ptr, first_ptr, first_bias_ptr, second_ptr, second_bias_ptr, residual_ptr, seed_ptr,
+    out_ptr, mid_ptr, num_rows, first_scale, scale,
+    C: tl.constexpr, R: tl.constexpr, SIZE_A: tl.constexpr, SIZE_B: tl.constexpr,
+    BACKWARD: tl.constexpr, HAS_RESIDUAL: tl.constexpr, KEEP_MID: tl.constexpr,
+    PLACE: tl.constexpr, DROPPED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = rows[:, None] < num_rows
+    x_ptr += rows[:, None].to(tl.int64) * C
+    out_ptr += rows[:, None].to(tl.int64) * C
+
+    acc_a = tl.zeros((BLOCK_M, SIZE_A), tl.float32)
+    if SIZE_B:
+        acc_b = tl.zeros((BLOCK_M, SIZE_B), tl.float32)
+    for first in tl.range(0, C, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + k[None, :], mask=inside & (k[None, :] < C), other=0.0)
+        acc_a += _dot(x, _load_first(first_ptr, k, 0, SIZE_A, C, R, BACKWARD))
+        if SIZE_B:
+            acc_b += _dot(x, _load_first(first_ptr, k, SIZE_A, SIZE_B, C, R, BACKWARD))
+    mid_a = _finish(
+        acc_a, rows, 0, first_bias_ptr, seed_ptr, mid_ptr, num_rows, first_scale,
+        SIZE_A, R, BACKWARD, PLACE, DROPPED, KEEP_MID, DTYPE,
+    )  # fmt: skip
+    if SIZE_B:
+        mid_b = _finish(
+            acc_b, rows, SIZE_A, first_bias_ptr, seed_ptr, mid_ptr, num_rows, first_scale,
+            SIZE_B, R, BACKWARD, PLACE, DROPPED, KEEP_MID, DTYPE,
+        )  # fmt: skip
+
+    for first in tl.range(0, C, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        mask = inside & (n[None, :] < C)
+        branch = _dot(mid_a, _load_second(second_ptr, 0, n, SIZE_A, C, R, BACKWARD))
+        if SIZE_B:
+            branch += _dot(mid_b, _load_second(second_ptr, SIZE_A, n, SIZE_B, C, R, BACKWARD))
+        if not BACKWARD:
+            branch += tl.load(second_bias_ptr + n, mask=n < C, other=0.0).to(tl.float32)[None, :]
+        out = tl.load(x_ptr + n[None, :], mask=mask, other=0.0).to(tl.float32) + scale * branch
+        if HAS_RESIDUAL:
+            row_offsets = rows[:, None].to(tl.int64) * C
+            residual = tl.load(residual_ptr + row_offsets + n[None, :], mask=mask, other=0.0)
+            out += residual.to(tl.float32)
+        tl.store(out_ptr + n[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def fused_bottleneck(
+    x: Tensor,
+    first: Tensor,
+    second: Tensor,
+    biases: tuple[Tensor, Tensor] | None,
+    scale: float,
+    dropped: int,
+    seed: Tensor | None,
+    place: int,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """An adapter forward (with `biases`) or backward (without): out `[n, C]`, middle `[n, R]`.
+
+    Args:
+        x: `[n, C]`, contiguous; backward, the gradient of the adapter's output.
+        first, second: forward D `[R, C]` and U `[C, R]`, backward U and D.
+        biases: of D and U.
+        scale: the adapter's factor.
+        dropped: probability of the dropout, in 2^-16.
+        seed: one int64; None without dropout.
+        place: which of the dropouts of this seed.
+        residual: added to the output, which takes its dtype.
+    """
+    backward = biases is None
+    num_rows, width = x.shape
+    rank = second.shape[0] if backward else first.shape[0]
+    out = torch.empty_like(x if residual is None else residual)
+    middle = x.new_empty(num_rows, rank)
+    first_bias, second_bias = (None, None) if backward else biases
+    constants, options = _plan(width, rank, backward, residual is not None, place, dropped, x)
+    tensors = (x, first, first_bias, second, second_bias, residual, seed, out, middle)
+    factors = (scale, 1.0) if backward else (1.0, scale)
+    if num_rows:
+        with _device(x):
+            grid = (triton.cdiv(num_rows, constants["BLOCK_M"]),)
+            _bottleneck_kernel[grid](*tensors, num_rows, *factors, **constants, **options)
+    return out, middle
+
+
+def dropout(x: Tensor, dropped: int, seed: Tensor, place: int) -> Tensor:
+    """The same dropout on `x [n, R]` alone."""
+    num_rows, rank = x.shape
+    out = torch.empty_like(x)
+    if num_rows:
+        grid = tuple(triton.cdiv(n, b) for n, b in zip(x.shape, _DROPOUT_BLOCK, strict=True))
+        with _device(x):
+            _dropout_kernel[grid](x, seed, out, num_rows, rank, place, dropped, *_DROPOUT_BLOCK)
+    return out
+
+
+def fits(x: Tensor, rank: int) -> bool:
+    """Whether the fused kernel takes rows like those of x, of a bottleneck of that rank.
+
+    It wins by what it does not write; float32 and wide bottlenecks would not stay in registers.
+    """
+    return x.dtype in (torch.bfloat16, torch.float16) and rank <= 256 and rank % 16 == 0
+
+
+def _plan(width, rank, backward, has_residual, place, dropped, x, arch=None):
+    """Constants and options of `_bottleneck_kernel`."""
+    launch = LAUNCH[arch or _arch(x.device)]
+    size_a = max(16, 1 << (rank.bit_length() - 1))
+    size_b = max(16, triton.next_power_of_2(rank - size_a)) if rank > size_a else 0
+    constants = dict(
+        C=width, R=rank, SIZE_A=size_a, SIZE_B=size_b, BACKWARD=backward,
+        HAS_RESIDUAL=has_residual, KEEP_MID=True, PLACE=place, DROPPED=dropped,
+        BLOCK_M=launch.block_m, BLOCK_K=launch.block_k, BLOCK_N=launch.block_n,
+    )  # fmt: skip
+    return constants, dict(num_warps=launch.warps, num_stages=launch.stages)
+
+
+def _arch(device: torch.device) -> int:
+    """The entry of LAUNCH for `device`; the interpreter takes that of Hopper."""
+    if device.type != "cuda":
+        return 90
+    return {9: 90, 10: 100}.get(torch.cuda.get_device_capability(device)[0], 80)
+
+
+def _device(x: Tensor):
+    """Triton launches on the current device, which need not be the tensor's."""
+    if not (x.is_cuda or INTERPRET):
+        raise ValueError(f"x must be on a CUDA device: got {x.device}")
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def compile_cases(arch: int) -> Iterator[dict]:
+    """Every kernel and configuration shipped for `arch`, as `stdha_launch.compile_cases`."""
+    names = _bottleneck_kernel.arg_names
+    for width, rank in ((768, 192), (1024, 256)):
+        for backward in (False, True):
+            constants, options = _plan(width, rank, backward, not backward, 0, 6554, None, arch)
+            if backward:
+                absent = ("first_bias_ptr", "second_bias_ptr", "residual_ptr")
+                constants |= dict.fromkeys(absent)
+            direction = "backward" if backward else "forward"
+            yield dict(
+                name=f"adapter {direction} C={width} R={rank} bf16",
+                kernel=_bottleneck_kernel,
+                types={name: _type_of(name) for name in names if name not in constants},
+                constants=constants,
+                options=options,
+                tensor_cores=True,
+            )
+    constants = dict(R=192, PLACE=0, DROPPED=6554, BLOCK_M=16, BLOCK_R=256)
+    yield dict(
+        name="adapter dropout R=192 bf16",
+        kernel=_dropout_kernel,
+        types={n: _type_of(n) for n in _dropout_kernel.arg_names if n not in constants},
+        constants=constants,
+        options=dict(num_warps=4),
+        tensor_cores=False,
+    )
+
+
+def _type_of(argument: str) -> str:
+    if argument == "seed_ptr":
+        return "*i64"
+    if argument.endswith("_ptr"):
+        return "*bf16"
+    return "i32" if argument == "num_rows" else "fp32"

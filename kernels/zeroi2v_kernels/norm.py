@@ -1,0 +1,271 @@
+"""Residual add and LayerNorm in one pass over memory, forward and backward, in Triton.
+
+    total = x + residual,   normed = (total - mean) / sqrt(var + eps) * weight + bias
+
+over the last axis of `x [..., C]`. Statistics and arithmetic are in float32 whatever the dtype.
+Backward, for gradients g of `normed` and t of `total`, with y the normalised total:
+
+    dx = dresidual = t + (g weight - mean(g weight) - y mean(g weight y)) / sqrt(var + eps)
+
+Weight and bias gradients are summed in float32 by a fixed set of programs, then over programs:
+no atomics, so two runs agree bit for bit. Importing this module imports triton.
+
+Source: LayerNorm, arXiv 1607.06450.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from zeroi2v_kernels.dot import INTERPRET
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_WARPS = 4
+_ROWS = 4  # of a program's tile
+_SUMMERS = 4 if INTERPRET else 512  # programs that sum weight gradients
+
+
+def add_layer_norm_reference(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """The definition of the op, in plain PyTorch. Arguments and result as in `add_layer_norm`."""
+    total = x if residual is None else x + residual
+    wide = torch.promote_types(x.dtype, torch.float32)
+    normed = F.layer_norm(total.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps)
+    return normed.to(x.dtype), total
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """`(normed, total)` of `x [..., C]` and `residual` of its shape and dtype, or None.
+
+    `weight` and `bias` are `[C]`, of any floating dtype. Without a residual `total` is `x`.
+    Raises ValueError for a shape, dtype or device that does not fit.
+    """
+    if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
+        raise ValueError(
+            f"residual must be {list(x.shape)} of {x.dtype}: "
+            f"got {list(residual.shape)} of {residual.dtype}"
+        )
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor.shape != x.shape[-1:]:
+            raise ValueError(f"{name} must be [{x.shape[-1]}]: got {list(tensor.shape)}")
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"x must be float32, bfloat16 or float16: got {x.dtype}")
+    if not (x.is_cuda or INTERPRET):
+        raise ValueError(f"x must be on a CUDA device: got {x.device}")
+    normed, total, _, _ = norm_forward(x, residual, weight, bias, eps, x.dtype)
+    return normed, x if residual is None else total
+
+
+@triton.jit
+def _norm_fwd_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, normed_ptr, total_ptr, mean_ptr, rstd_ptr,
+    num_rows, eps,
+    C: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK_C)
+    mask = (rows[:, None] < num_rows) & (columns[None, :] < C)
+    offsets = rows[:, None] * C + columns[None, :]
+    total = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_C]
+    if HAS_RESIDUAL:
+        total += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        rounded = total.to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + offsets, rounded, mask=mask)
+        total = rounded.to(tl.float32)  # what is normalised is what goes on
+    mean = tl.sum(total, 1) / C
+    centred = tl.where(mask, total - mean[:, None], 0.0)
+    rstd = 1 / tl.sqrt(tl.sum(centred * centred, 1) / C + eps)
+    weight = tl.load(weight_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)
+    normed = centred * rstd[:, None] * weight[None, :] + bias[None, :]
+    tl.store(normed_ptr + offsets, normed.to(normed_ptr.dtype.element_ty), mask=mask)
+    tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
+
+
+@triton.jit
+def _norm_bwd_kernel(
+    grad_ptr, total_grad_ptr, total_ptr, mean_ptr, rstd_ptr, weight_ptr,
+    out_ptr, weight_sums_ptr, bias_sums_ptr, num_rows,
+    C: tl.constexpr, HAS_TOTAL_GRAD: tl.constexpr, SUMS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    columns = tl.arange(0, BLOCK_C)
+    weight = tl.load(weight_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
+    if SUMS:
+        weight_sum = tl.zeros((BLOCK_C,), tl.float32)
+        bias_sum = tl.zeros((BLOCK_C,), tl.float32)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    for start in tl.range(first, num_rows, tl.num_programs(0) * ROWS):
+        rows = start + tl.arange(0, ROWS)
+        mask = (rows[:, None] < num_rows) & (columns[None, :] < C)
+        offsets = rows[:, None] * C + columns[None, :]
+        grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_C]
+        total = tl.load(total_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + rows, mask=rows < num_rows, other=0.0)
+        rstd = tl.load(rstd_ptr + rows, mask=rows < num_rows, other=0.0)
+        y = tl.where(mask, (total - mean[:, None]) * rstd[:, None], 0.0)
+        scaled = grad * weight
+        dx = scaled - (tl.sum(scaled, 1) / C)[:, None] - y * (tl.sum(scaled * y, 1) / C)[:, None]
+        dx *= rstd[:, None]
+        if HAS_TOTAL_GRAD:
+            dx += tl.load(total_grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + offsets, dx.to(out_ptr.dtype.element_ty), mask=mask)
+        if SUMS:
+            weight_sum += tl.sum(grad * y, 0)
+            bias_sum += tl.sum(grad, 0)
+    if SUMS:
+        sums = tl.program_id(0) * C + columns
+        tl.store(weight_sums_ptr + sums, weight_sum, mask=columns < C)
+        tl.store(bias_sums_ptr + sums, bias_sum, mask=columns < C)
+
+
+@torch.library.custom_op("zeroi2v::norm_forward", mutates_args=())
+def norm_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`normed` in `dtype`, `total` in the residual's (empty without one), and float32 statistics.
+
+    These are mean and 1 / deviation, `[...]`. `x` and `residual` may differ in dtype.
+    """
+    x = x.contiguous()
+    normed, total, mean, rstd = _outputs(x, residual, dtype)
+    columns, num_rows = x.shape[-1], mean.numel()
+    added = None if residual is None else residual.contiguous()
+    weights = (weight.contiguous(), bias.contiguous())
+    tensors = (x, added, *weights, normed, total, mean, rstd)
+    constants = (columns, residual is not None, _ROWS, triton.next_power_of_2(columns))
+    if num_rows:
+        with _device(x):
+            grid = (triton.cdiv(num_rows, _ROWS),)
+            _norm_fwd_kernel[grid](*tensors, num_rows, eps, *constants, num_warps=_WARPS)
+    return normed, total, mean, rstd
+
+
+def _device(x: Tensor):
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def _outputs(x, residual, dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    normed = x.new_empty(x.shape, dtype=dtype)
+    total = x.new_empty(0) if residual is None else residual.new_empty(x.shape)
+    mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
+    return normed, total, mean, rstd
+
+
+@norm_forward.register_fake
+def _(x, residual, weight, bias, eps, dtype):
+    return _outputs(x, residual, dtype)
+
+
+@torch.library.custom_op("zeroi2v::norm_backward", mutates_args=())
+def norm_backward(
+    grad: Tensor,
+    total_grad: Tensor | None,
+    total: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    sums: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of the sum, and if `sums` is set, in float32, those of weight and bias."""
+    total = total.contiguous()
+    columns, num_rows = total.shape[-1], mean.numel()
+    tiles = triton.cdiv(num_rows, _ROWS)
+    programs = min(tiles, _SUMMERS) if sums else tiles
+    out = torch.empty_like(total)
+    shape = (programs if sums else 0, columns)
+    weight_sums, bias_sums = (grad.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    passed = None if total_grad is None else total_grad.contiguous()
+    reads = (grad.contiguous(), passed, total, mean, rstd, weight.contiguous())
+    block = triton.next_power_of_2(columns)
+    constants = (columns, passed is not None, sums, _ROWS, block)
+    if num_rows:
+        with _device(total):
+            tensors = (*reads, out, weight_sums, bias_sums)
+            _norm_bwd_kernel[(programs,)](*tensors, num_rows, *constants, num_warps=_WARPS)
+    return out, weight_sums.sum(0), bias_sums.sum(0)
+
+
+@norm_backward.register_fake
+def _(grad, total_grad, total, mean, rstd, weight, sums):
+    width = total.shape[-1]
+    of_weights = (grad.new_empty(width, dtype=torch.float32) for _ in range(2))
+    return torch.empty_like(total, memory_format=torch.contiguous_format), *of_weights
+
+
+def _save(ctx, inputs, output):
+    x, residual, weight, bias, _, _ = inputs
+    _, total, mean, rstd = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.x_dtype, ctx.bias_dtype = x.dtype, bias.dtype
+    ctx.has_residual = residual is not None
+    ctx.save_for_backward(x if residual is None else total, mean, rstd, weight)
+
+
+def _backward(ctx, grad, total_grad, *_):
+    total, mean, rstd, weight = ctx.saved_tensors
+    if grad is None:
+        grad = torch.zeros_like(total)
+    if not ctx.has_residual:
+        total_grad = None
+    sums = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+    out, dweight, dbias = norm_backward(grad, total_grad, total, mean, rstd, weight, sums)
+    return (
+        out.to(ctx.x_dtype),
+        out if ctx.has_residual else None,
+        dweight.to(weight.dtype) if ctx.needs_input_grad[2] else None,
+        dbias.to(ctx.bias_dtype) if ctx.needs_input_grad[3] else None,
+        None,
+        None,
+    )
+
+
+norm_forward.register_autograd(_backward, setup_context=_save)
+
+
+def compile_cases(arch: int) -> Iterator[dict]:
+    """Every kernel and configuration shipped for `arch`, as `stdha_launch.compile_cases`."""
+    floats = ("weight_ptr", "bias_ptr", "mean_ptr", "rstd_ptr", "weight_sums_ptr", "bias_sums_ptr")
+    for width in (768, 1024):
+        tile = dict(C=width, ROWS=_ROWS, BLOCK_C=triton.next_power_of_2(width))
+        for flag in (False, True):
+            absent = [] if flag else ["residual_ptr"]
+            forward = dict(HAS_RESIDUAL=flag, **dict.fromkeys(absent))
+            absent = [] if flag else ["total_grad_ptr"]
+            backward = dict(HAS_TOTAL_GRAD=flag, SUMS=flag, **dict.fromkeys(absent))
+            for kernel, constants in ((_norm_fwd_kernel, forward), (_norm_bwd_kernel, backward)):
+                constants = constants | tile
+                types = {
+                    name: "*fp32" if name in floats else "*bf16" if name.endswith("_ptr") else "i32"
+                    for name in kernel.arg_names
+                    if name not in constants
+                }
+                if "eps" in types:
+                    types["eps"] = "fp32"
+                direction = "forward" if kernel is _norm_fwd_kernel else "backward"
+                yield dict(
+                    name=f"layer norm {direction}{' of a sum' * flag} C={width} bf16",
+                    kernel=kernel,
+                    types=types,
+                    constants=constants,
+                    options=dict(num_warps=_WARPS),
+                    tensor_cores=False,
+                )

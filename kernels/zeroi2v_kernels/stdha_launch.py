@@ -1,0 +1,290 @@
+"""Which Triton kernel runs head-shifted attention, with which tiles, and its launch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from zeroi2v_kernels import stdha_triton as kernels
+from zeroi2v_kernels.dot import INTERPRET
+
+LOG2_E = 1.4426950408889634
+
+
+class Launch(NamedTuple):
+    """Tile sizes in queries and keys, warps a program, stages of the loads ahead."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+# By compute capability: 8.0 and its kin, 9.0, 10.0; (name, D) goes before name.
+# tests/test_compile_kernels.py compiles them: no spills, tensor cores, within shared memory.
+LAUNCH = {
+    80: {
+        "resident": Launch(64, 0, 4, 1),
+        "streamed": Launch(128, 64, 8, 2),
+        "fused": Launch(16, 0, 8, 1),
+        "query": Launch(64, 64, 4, 2),
+        ("query", 128): Launch(32, 64, 4, 2),
+        "key_value": Launch(32, 64, 4, 2),
+    },
+    90: {
+        "resident": Launch(64, 0, 4, 1),
+        "streamed": Launch(128, 64, 8, 2),
+        "fused": Launch(32, 0, 8, 1),
+        "query": Launch(64, 64, 4, 2),
+        "key_value": Launch(32, 128, 8, 2),
+    },
+    100: {
+        "resident": Launch(64, 0, 4, 1),
+        "streamed": Launch(128, 64, 8, 2),
+        "fused": Launch(32, 0, 8, 1),
+        "query": Launch(64, 64, 4, 2),
+        "key_value": Launch(32, 128, 8, 2),
+    },
+}
+# Float32 products are exact and run on the plain cores of any device.
+LAUNCH_FLOAT32 = {
+    "streamed": Launch(32, 64, 8, 1),
+    "query": Launch(32, 32, 8, 1),
+    "key_value": Launch(32, 32, 8, 1),
+}
+
+
+class Plan(NamedTuple):
+    """A kernel ready for launch, but for its tensors."""
+
+    kernel: triton.JITFunction
+    programs: int  # of each head of each frame
+    constants: dict[str, int | tuple]
+    launch: Launch
+
+
+def forward(
+    query: Tensor, key_value: Tensor, head_offsets: Sequence[int], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention and what its backward needs; views into one packed tensor are read in place.
+
+    Args:
+        query: `[B, T, M, H, D]`, M = N or 1, float32, bfloat16 or float16; D 16, 32, 64 or 128.
+        key_value: `[B, T, N, 2, H, D]`.
+        head_offsets: H ints.
+        scale: positive factor on the scores.
+
+    Returns:
+        out `[B, T, M, H, D]`, contiguous, and lse `[B, T, H, M]`, float32.
+
+    Raises:
+        ValueError: tensors on a CPU, where only Triton's interpreter could run.
+    """
+    _check_device(query)
+    query, key_value = _aligned(query), _aligned(key_value)
+    out = query.new_empty(query.shape)
+    batch, frames, num_queries, heads, _ = query.shape
+    lse = query.new_empty(batch, frames, heads, num_queries, dtype=torch.float32)
+    plan = plan_forward(query, key_value, head_offsets, arch(query.device))
+    inputs = (*_strides(query), *_strides(key_value), key_value.stride(3), frames, scale * LOG2_E)
+    _launch(plan, query, (query, key_value, out, lse, *inputs))
+    return out, lse
+
+
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    key_value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dquery: Tensor,
+    dkey_value: Tensor,
+    head_offsets: Sequence[int],
+    scale: float,
+) -> None:
+    """Writes every element of dquery and dkey_value, which may be views into one packed tensor.
+
+    `grad` is that of `out`; `out` and `lse` are the forward's; the gradients are shaped as their
+    inputs, aligned as those of a packed tensor are.
+    """
+    _check_device(query)
+    query, key_value, grad = _aligned(query), _aligned(key_value), _aligned(grad)
+    out, lse = out.contiguous(), lse.contiguous()
+    frames = query.shape[1]
+    factors = (frames, scale, scale * LOG2_E)
+    reads = (*_strides(query), *_strides(key_value), key_value.stride(3), *_strides(grad))
+    dquery_strides = _strides(dquery)
+    dkey_strides = (*_strides(dkey_value), dkey_value.stride(3))
+    plans = plan_backward(query, key_value, head_offsets, arch(query.device))
+    if "fused" in plans:
+        tensors = (query, key_value, out, lse, grad, dquery, dkey_value)
+        strides = (*reads, *dquery_strides, *dkey_strides)
+        _launch(plans["fused"], query, (*tensors, *strides, *factors))
+    else:
+        delta = torch.empty_like(lse)
+        tensors = (query, key_value, out, lse, grad, dquery, delta)
+        _launch(plans["query"], query, (*tensors, *reads, *dquery_strides, *factors))
+        tensors = (query, key_value, lse, delta, grad, dkey_value)
+        _launch(plans["key_value"], query, (*tensors, *reads, *dkey_strides, *factors))
+
+
+def plan_forward(query: Tensor, key_value: Tensor, head_offsets: Sequence[int], arch: int) -> Plan:
+    """The forward kernel for these shapes on `arch`, an entry of LAUNCH. Data are not looked at."""
+    M, N, D = query.shape[2], key_value.shape[2], query.shape[-1]
+    constants = dict(M=M, N=N, D=D, HEAD_OFFSETS=tuple(head_offsets))
+    if _resident(query) and N <= 272:
+        launch = LAUNCH[arch]["resident"]
+        constants |= dict(BLOCK_M=launch.block_m, SEGMENTS=segments(N))
+        return Plan(kernels._forward_resident_kernel, 1, constants, launch)
+    launch = _launch_of(query, "streamed", arch)
+    constants |= dict(BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, TAIL=_tail(N, launch.block_n))
+    return Plan(kernels._forward_streamed_kernel, triton.cdiv(M, launch.block_m), constants, launch)
+
+
+def plan_backward(
+    query: Tensor, key_value: Tensor, head_offsets: Sequence[int], arch: int
+) -> dict[str, Plan]:
+    """The backward kernels for these shapes, in their order: fused, or query and key_value."""
+    M, N, D = query.shape[2], key_value.shape[2], query.shape[-1]
+    constants = dict(M=M, N=N, D=D, HEAD_OFFSETS=tuple(head_offsets))
+    if _resident(query) and N <= 257:
+        launch = LAUNCH[arch]["fused"]
+        keys = min(max(triton.next_power_of_2(N), 64), 256)
+        if keys == 64:
+            launch = launch._replace(warps=4)
+        constants |= dict(BLOCK_M=launch.block_m, KEYS=keys)
+        return {"fused": Plan(kernels._backward_fused_kernel, 1, constants, launch)}
+    launch = _launch_of(query, "query", arch)
+    tiles = dict(BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, TAIL=_tail(N, launch.block_n))
+    tiles |= dict(RELOAD=query.dtype == torch.float32)
+    programs = triton.cdiv(M, launch.block_m)
+    by_query = Plan(kernels._backward_query_kernel, programs, constants | tiles, launch)
+    launch = _launch_of(query, "key_value", arch)
+    tiles = dict(BLOCK_M=launch.block_m, BLOCK_N=launch.block_n)
+    programs = triton.cdiv(N, launch.block_n)
+    by_key = Plan(kernels._backward_key_value_kernel, programs, constants | tiles, launch)
+    return {"query": by_query, "key_value": by_key}
+
+
+def segments(num_keys: int) -> tuple[tuple[int, int], ...]:
+    """(first, size) of at most three tiles, powers of two, that hold `num_keys` keys."""
+    sizes, rest = [], num_keys
+    while rest > 0:
+        size = max(16, 1 << (rest.bit_length() - 1))
+        if len(sizes) == 2 and size < rest:
+            size *= 2
+        sizes.append(size)
+        rest -= size
+        while len(sizes) > 1 and sizes[-1] == sizes[-2]:
+            sizes[-2:] = [2 * sizes[-1]]
+    return tuple((sum(sizes[:i]), size) for i, size in enumerate(sizes))
+
+
+def arch(device: torch.device) -> int:
+    """The entry of LAUNCH for `device`; the interpreter takes that of Hopper."""
+    if device.type != "cuda":
+        return 90
+    major = torch.cuda.get_device_capability(device)[0]
+    return {9: 90, 10: 100}.get(major, 80)
+
+
+def _resident(query: Tensor) -> bool:
+    return query.shape[-1] == 64 and query.dtype in (torch.bfloat16, torch.float16)
+
+
+def _launch_of(query: Tensor, name: str, arch: int) -> Launch:
+    if query.dtype == torch.float32:
+        return LAUNCH_FLOAT32[name]
+    table = LAUNCH[arch]
+    return table.get((name, query.shape[-1]), table[name])
+
+
+def _tail(num_keys: int, block: int) -> int:
+    """Size of the tile of the keys that are left over by full blocks; 0 without any."""
+    rest = num_keys % block
+    return max(16, triton.next_power_of_2(rest)) if rest else 0
+
+
+def _launch(plan: Plan, query: Tensor, arguments: tuple) -> None:
+    """Runs `plan` on all heads of all frames; few of them share out their queries further."""
+    batch, frames, num_queries, heads, _ = query.shape
+    heads = batch * frames * heads
+    grid = (heads * plan.programs,)
+    if plan.kernel is kernels._forward_resident_kernel:
+        tiles = triton.cdiv(num_queries, plan.launch.block_m)
+        grid += (min(tiles, triton.cdiv(_wanted_programs(query.device), heads)),)
+    options = dict(num_warps=plan.launch.warps, num_stages=plan.launch.stages)
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
+        plan.kernel[grid](*arguments, **plan.constants, **options)
+
+
+def _wanted_programs(device: torch.device) -> int:
+    """Programs that fill `device` twice over; 1 in the interpreter, where each costs the same."""
+    if device.type != "cuda":
+        return 1
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _check_device(x: Tensor) -> None:
+    if not (x.is_cuda or INTERPRET):
+        raise ValueError(
+            "backend 'triton' needs a CUDA device, or TRITON_INTERPRET=1 set before triton is "
+            f"imported: got a tensor on {x.device}"
+        )
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """`x` itself if its rows allow loads of 16 bytes, else a copy."""
+    strides = [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+    if x.stride(-1) == 1 and all(s % 16 == 0 for s in strides[:-1]) and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _strides(x: Tensor) -> tuple[int, int, int, int]:
+    """Of clip, frame, token and head."""
+    return (*x.stride()[:3], x.stride(-2))
+
+
+def compile_cases(arch: int) -> Iterator[dict]:
+    """Every kernel and configuration shipped for `arch`, for tests/test_compile_kernels.py.
+
+    Each is a dict of `name`, `kernel`, `types` (of each argument that is no constant, by name),
+    `constants`, `options` and `tensor_cores` (whether its products should run on them).
+    """
+    offsets = (-1, 1) + (0,) * 10
+    shapes = [  # tokens that ask, tokens, head width, dtype
+        *((197, 197, 64, torch.bfloat16), (257, 257, 64, torch.bfloat16)),
+        *((50, 50, 64, torch.float16), (577, 577, 64, torch.bfloat16)),
+        *((1, 197, 64, torch.bfloat16), (577, 577, 128, torch.bfloat16)),
+        *((577, 577, 16, torch.float16), (577, 577, 128, torch.float32)),
+    ]
+    for num_queries, tokens, width, dtype in shapes:
+        query = torch.empty(1, 8, num_queries, 12, width, dtype=dtype, device="meta")
+        key_value = torch.empty(1, 8, tokens, 2, 12, width, dtype=dtype, device="meta")
+        plans = [plan_forward(query, key_value, offsets, arch)]
+        plans += plan_backward(query, key_value, offsets, arch).values()
+        element = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+        for plan in plans:
+            kernel = plan.kernel.fn.__name__.strip("_").removesuffix("_kernel")
+            names = [name for name in plan.kernel.arg_names if name not in plan.constants]
+            yield dict(
+                name=f"stdha {kernel} M={num_queries} N={tokens} D={width} {element}",
+                kernel=plan.kernel,
+                types={name: _type_of(name, element) for name in names},
+                constants=plan.constants,
+                options=dict(num_warps=plan.launch.warps, num_stages=plan.launch.stages),
+                tensor_cores=dtype != torch.float32,
+            )
+
+
+def _type_of(argument: str, element: str) -> str:
+    if argument.endswith("_ptr"):
+        return "*fp32" if argument in ("lse_ptr", "delta_ptr") else f"*{element}"
+    return "fp32" if argument.startswith("scale") else "i32"

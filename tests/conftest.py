@@ -1,0 +1,22 @@
+"""Fixtures shared by the tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():  # kernels run in Triton's interpreter; it reads this at import
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session")
+def clips() -> Path:
+    """Folder of real, damaged and re-encoded video files; tests that need it skip without it."""
+    places = [Path(__file__).parents[2] / "shared" / "clips"]
+    if "ZEROI2V_CLIPS" in os.environ:
+        places.insert(0, Path(os.environ["ZEROI2V_CLIPS"]))
+    for place in places:
+        if (place / "manifest.tsv").is_file():
+            return place
+    pytest.skip("no clips: set ZEROI2V_CLIPS or place them in ../shared/clips")

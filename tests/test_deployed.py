@@ -1,0 +1,197 @@
+"""The same answers from every artefact; folders, lists, pipes, cameras, long and broken videos."""
+
+import dataclasses
+import io
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from models import build, small_config
+from videos import numbered_frame, write_numbered, write_video
+
+from zeroi2v import cli, export, predict, reparam
+from zeroi2v.capture import record
+from zeroi2v.data.decode import read_frames
+from zeroi2v.deployed import load_deployed
+from zeroi2v.timeline import draw_timeline, duration, timeline
+
+LABELS = tuple(f"class {i}" for i in range(11))
+
+
+def run(*argv) -> int:
+    return cli.run(predict.main, [str(word) for word in argv])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """An adapted model as a run, its merged folder, ONNX file and program; a folder of videos."""
+    folder = tmp_path_factory.mktemp("deployed")
+    config = small_config("vit_b16_k400_8x16", depth=2, labels=LABELS)
+    build(config).save_pretrained(folder / "run" / "best")
+    reparam.main([str(folder / "run"), "--out", str(folder / "merged")])
+    pytest.importorskip("onnxscript", reason="ONNX is not installed: pip install zeroi2v[export]")
+    for format, name in (("onnx", "model.onnx"), ("torch-export", "model.pt2")):
+        export.main([str(folder / "merged"), "--format", format, "--out", str(folder / name)])
+    (folder / "videos" / "deep").mkdir(parents=True)
+    for i, name in enumerate(("a.mp4", "deep/b.mkv", "c with space.avi")):
+        codec = "mjpeg" if name.endswith("avi") else "libx264"
+        write_numbered(folder / "videos" / name, 20 + 9 * i, codec)
+    (folder / "videos" / "bad.mp4").write_text("no video")
+    (folder / "videos" / "notes.txt").write_text("not looked at")
+    return folder
+
+
+def test_every_artefact_gives_the_same_top_5(place, capsys):
+    videos = [place / "videos" / name for name in ("a.mp4", "deep/b.mkv", "c with space.avi")]
+    answers = []
+    for artefact in ("run", "merged", "model.onnx", "model.pt2"):
+        assert run(place / artefact, *videos, "--json") == 0
+        answers.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+    for other in answers[1:]:
+        for result, expected in zip(other, answers[0], strict=True):
+            assert result["path"] == expected["path"]
+            for row, right in zip(result["topk"], expected["topk"], strict=True):
+                assert (row["label"], row["index"]) == (right["label"], right["index"])
+                assert row["probability"] == pytest.approx(right["probability"], rel=1e-3)
+
+
+def test_folder_gives_every_video_in_it_and_names_the_bad_one(place, capsys):
+    assert run(place / "merged", place / "videos", "--json") == 1
+    captured = capsys.readouterr()
+    lines = {json.loads(line)["path"]: json.loads(line) for line in captured.out.splitlines()}
+    names = ["a.mp4", "bad.mp4", "c with space.avi", "deep/b.mkv"]
+    assert list(lines) == [str(place / "videos" / name) for name in names]
+    assert "error" in lines[str(place / "videos" / "bad.mp4")]
+    assert captured.err == "error: 1 of 4 files can't be decoded: see above\n"
+    (place / "empty").mkdir()
+    assert run(place / "merged", place / "empty") == 1
+    assert "folder must hold video files" in capsys.readouterr().err
+
+
+def test_list_gives_its_files_with_or_without_labels(place, tmp_path, capsys):
+    (tmp_path / "list.txt").write_text("# two\na.mp4 3\n\nc with space.avi\n")
+    words = ["--list", tmp_path / "list.txt", "--root", place / "videos", "--json"]
+    assert run(place / "merged", *words) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    names = ("a.mp4", "c with space.avi")
+    assert [line["path"] for line in lines] == [str(place / "videos" / name) for name in names]
+    (tmp_path / "list.txt").write_text("# none\n")
+    assert run(place / "merged", *words) == 1
+    assert "list must name video files" in capsys.readouterr().err
+
+
+def test_batch_run_writes_as_it_goes_and_resumes(place, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out" / "all.jsonl"
+    words = [place / "merged", place / "videos", "--out", out]
+    real, count = predict.predict_each, []
+
+    def stopped(*args, **options):
+        for result in real(*args, **options):
+            if len(count) == 2:
+                raise KeyboardInterrupt
+            count.append(result)
+            yield result
+
+    monkeypatch.setattr(predict, "predict_each", stopped)
+    assert run(*words) != 0 and len(out.read_text().splitlines()) == 2
+    with open(out, "a") as file:
+        file.write('{"model": "x", "pa')  # the moment it was killed
+    asked = []
+    monkeypatch.setattr(
+        predict, "predict_each", lambda m, samples, k: asked.extend(samples) or real(m, samples, k)
+    )
+    assert run(*words) == 1  # one file is bad
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(lines) == 4 and len({line["path"] for line in lines}) == 4 and len(asked) == 2
+    assert run(*words) == 1 and len(asked) == 2  # nothing is left to do; the bad one still counts
+    assert "1 of 4 files" in capsys.readouterr().err
+    assert run(place / "run", place / "videos", "--out", out) == 1
+    assert "holds results of" in capsys.readouterr().err
+    out.write_text("other\n")
+    assert run(*words) == 1 and out.read_text() == "other\n"
+    assert "holds other than results: line 1" in capsys.readouterr().err
+    assert run(place / "merged", place / "videos", "--out", tmp_path / "x.json") == 1
+    assert "--out must be a .jsonl file" in capsys.readouterr().err
+
+
+def test_pipe_is_read_to_its_end(place, capsys, monkeypatch):
+    path = place / "videos" / "a.mp4"
+    assert run(place / "merged", path, "--json") == 0
+    expected = json.loads(capsys.readouterr().out)["topk"]
+    pipe = SimpleNamespace(buffer=io.BytesIO(path.read_bytes()))
+    monkeypatch.setattr(sys, "stdin", pipe)
+    assert run(place / "merged", "-", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"path": "-", "topk": expected}
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"")))
+    assert run(place / "merged", "-") == 1
+    assert "standard input must hold a video" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"no video")))
+    assert run(place / "merged", "-") == 1
+    assert capsys.readouterr().out.startswith("can't be decoded: -:")
+
+
+def test_camera_is_recorded_for_the_seconds_asked(tmp_path, capsys):
+    # FFmpeg's test picture stands for a camera: a device of frames without end.
+    record("testsrc=size=64x48:rate=10", "lavfi", tmp_path / "camera.mkv", 1.5)
+    totals = []
+    read_frames(tmp_path / "camera.mkv", lambda total: totals.append(total) or torch.arange(1))
+    assert totals[-1] == 15
+    with pytest.raises(ValueError, match="camera can't be read: /dev/video99"):
+        record("/dev/video99", "v4l2", tmp_path / "none.mkv", 1)
+
+
+def test_timeline_covers_the_video_in_windows(place, tmp_path, capsys):
+    video = write_numbered(tmp_path / "long.mp4", 100)
+    words = ["--timeline", tmp_path / "out", "--window", 1, "--stride", 0.5]
+    assert run(place / "merged", video, *words) == 0
+    assert "class" in capsys.readouterr().out
+    result = json.loads((tmp_path / "out" / "long.json").read_text())
+    windows = result["windows"]
+    assert result["seconds"] == pytest.approx(100 / 30, abs=1e-3)
+    spans = [(w["start"], w["end"]) for w in windows]
+    assert spans == [(0, 1), (0.5, 1.5), (1, 2), (1.5, 2.5), (2, 3), (2.333, 3.333)]
+    assert all(len(w["topk"]) == 5 for w in windows)
+    assert (tmp_path / "out" / "long.png").read_bytes()[:4] == b"\x89PNG"
+    assert run(place / "merged", place / "videos" / "bad.mp4", "--timeline", tmp_path / "out") == 1
+    assert "can't be decoded" in capsys.readouterr().out
+
+
+def test_timeline_sees_what_is_in_each_window(place, tmp_path):
+    black, white = (numbered_frame(n, 96, 128) for n in (0, 255))
+    video = write_video(tmp_path / "cut.mp4", [black] * 60 + [white] * 60)
+    model = load_deployed(place / "merged")
+    windows = timeline(model, video, 2.0, 2.0)["windows"]
+    (alone,) = timeline(model, write_video(tmp_path / "white.mp4", [white] * 60), 2.0)["windows"]
+    assert len(windows) == 2 and windows[0]["topk"] != windows[1]["topk"]
+    assert [r["index"] for r in windows[1]["topk"]] == [r["index"] for r in alone["topk"]]
+    default = timeline(model, video)  # dense: 8 frames 16 apart, at 30 a second
+    assert default["window"] == pytest.approx(8 * 16 / 30, abs=1e-3)
+    assert len(default["windows"]) == 1
+    draw_timeline(default, tmp_path / "one.png")
+    for window, stride in ((0, 1), (1, -1)):
+        with pytest.raises(ValueError, match="window and stride must be positive seconds"):
+            timeline(model, video, window, stride)
+    with pytest.raises(ValueError, match="none.mp4"):
+        duration(str(tmp_path / "none.mp4"))
+
+
+def test_every_file_of_the_clips_has_a_result_or_a_reason(place, clips, tmp_path, capsys):
+    files = sorted(str(path) for path in clips.rglob("*") if path.is_file())
+    model = load_deployed(place / "merged")  # one clip of each, for the sake of time
+    pixels = dataclasses.replace(model.config.preprocess, test_views=(1, 1), interval=2)
+    model.config = dataclasses.replace(model.config, preprocess=pixels)
+    model.save_pretrained(tmp_path / "model")
+    out = tmp_path / "all.jsonl"
+    assert run(tmp_path / "model", *files, "--out", out) == 1
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["path"] for line in lines] == files
+    classified = [line["path"] for line in lines if "topk" in line]
+    assert len(classified) >= 60 and all("topk" in line or line["error"] for line in lines)
+    assert f"{len(files) - len(classified)} of {len(files)} files" in capsys.readouterr().err
+
+
+def test_no_video_is_one_line(place, capsys):
+    assert run(place / "merged") == 1
+    assert capsys.readouterr().err.startswith("error: videos must be given")

@@ -1,0 +1,649 @@
+"""Clips as a training run gets them: order, preprocessing, augmentation, bad files, workers."""
+
+import dataclasses
+import gc
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+from videos import numbered_frame, read_number, write_numbered, write_video
+
+from zeroi2v.config import ModelConfig, PreprocessConfig
+from zeroi2v.data import frame_cache, source
+from zeroi2v.data.annotations import Sample
+from zeroi2v.data.decode import DecodeError, read_frames
+from zeroi2v.data.pipeline import AugmentConfig, ClipLoader, check_bad_files
+from zeroi2v.data.sampling import dense_indices, uniform_indices
+
+SIZES = ((96, 128), (128, 96), (64, 64), (90, 160))
+FULL = AugmentConfig(erasing=0.5)
+
+
+def config(side=32, frames=4, **process):
+    process = dict(sampling="uniform", val_short_side=40, test_short_side=32) | process
+    return ModelConfig(
+        image_size=side,
+        patch_size=16,
+        num_frames=frames,
+        num_classes=10,
+        preprocess=PreprocessConfig(**process),
+    )
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory) -> list[Sample]:
+    """13 made videos of 12 to 24 frames and of four sizes; sample i is of class i % 10."""
+    folder = tmp_path_factory.mktemp("videos")
+    return [
+        Sample(write_numbered(folder / f"{i}.mp4", 12 + i, size=SIZES[i % 4]), i % 10)
+        for i in range(13)
+    ]
+
+
+@pytest.fixture(scope="module")
+def bad_samples(samples, tmp_path_factory) -> list[Sample]:
+    """The same with three files that cannot be decoded, at 2, 7 and 11."""
+    folder = tmp_path_factory.mktemp("bad")
+    mixed = list(samples)
+    for i in (2, 7, 11):
+        (folder / f"bad{i}.mp4").write_bytes(b"no video" * i)
+        mixed[i] = Sample(str(folder / f"bad{i}.mp4"), 9)
+    return mixed
+
+
+def assert_same(left, right):
+    left, right = list(left), list(right)
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert torch.equal(a.index, b.index) and torch.equal(a.label, b.label)
+        assert torch.equal(a.video, b.video)
+
+
+def pixels(video, process: PreprocessConfig) -> np.ndarray:
+    """Normalised [..., 3, T, H, W] back to 0..255 as [..., T, H, W, 3]."""
+    video = np.moveaxis(video.numpy(), -4, -1)
+    return video * np.array(process.std) + np.array(process.mean)
+
+
+# Order
+
+
+def test_an_epoch_visits_samples_once_in_an_order_of_seed_and_epoch(samples):
+    loader = ClipLoader(samples, config(), batch_size=3, seed=5)
+    assert loader.steps_per_epoch == 4
+    orders = [torch.cat([b.index for b in loader.epoch(e)]).tolist() for e in (0, 1, 0)]
+    assert len(set(orders[0])) == 12 and orders[0] == orders[2] != orders[1]
+    other = ClipLoader(samples, config(), batch_size=3, seed=6)
+    assert torch.cat([b.index for b in other.epoch(0)]).tolist() != orders[0]
+    for batch in loader.epoch(3):
+        assert batch.video.shape == (3, 1, 3, 4, 32, 32) and batch.video.dtype == torch.float32
+        assert batch.label.dtype == batch.index.dtype == torch.int64
+        assert batch.label.tolist() == [samples[i].label for i in batch.index]
+
+
+def test_clips_do_not_depend_on_the_number_of_processes(bad_samples):
+    def rows(batch_size, world_size, accumulation):
+        loaders = [
+            ClipLoader(
+                bad_samples,
+                config(),
+                batch_size=batch_size,
+                rank=rank,
+                world_size=world_size,
+                accumulation=accumulation,
+                augment=FULL,
+                seed=3,
+            )
+            for rank in range(world_size)
+        ]
+        assert all(loader.steps_per_epoch == 3 for loader in loaders)
+        per_rank = [list(loader.epoch(2)) for loader in loaders]
+        # Micro-batch by micro-batch, rank by rank: the order of the global batch.
+        return [batch for batches in zip(*per_rank, strict=True) for batch in batches]
+
+    whole = rows(4, 1, 1)
+    for split in (rows(2, 2, 1), rows(2, 1, 2), rows(1, 2, 2)):
+        assert torch.equal(torch.cat([b.index for b in split]), torch.cat([b.index for b in whole]))
+        assert torch.equal(torch.cat([b.label for b in split]), torch.cat([b.label for b in whole]))
+        assert torch.equal(torch.cat([b.video for b in split]), torch.cat([b.video for b in whole]))
+
+
+def test_resuming_gives_the_batches_of_the_whole_epoch_and_decodes_only_those(
+    bad_samples, monkeypatch
+):
+    def loader():
+        return ClipLoader(bad_samples, config(), batch_size=2, accumulation=2, augment=FULL, seed=1)
+
+    whole = list(loader().epoch(4))
+    assert len(whole) == 6
+    decoded = []
+    read = frame_cache.read_frames
+    monkeypatch.setattr(frame_cache, "read_frames", lambda *a: decoded.append(a[0]) or read(*a))
+    assert_same(loader().epoch(4, start_step=2), whole[4:])
+    replaced = [path for path in decoded if "bad" in path]
+    assert len(decoded) == 4 + len(replaced)
+    assert list(loader().epoch(4, start_step=3)) == []
+
+
+def test_workers_give_the_clips_of_one_process_and_live_on_between_epochs(bad_samples):
+    alone = ClipLoader(bad_samples, config(), batch_size=3, augment=FULL)
+    loader = ClipLoader(bad_samples, config(), batch_size=3, augment=FULL, workers=2)
+    before = {child.pid for child in multiprocessing.active_children()}
+    workers = []
+    for epoch, start_step in ((1, 2), (2, 0), (3, 0)):
+        assert_same(loader.epoch(epoch, start_step), alone.epoch(epoch, start_step))
+        workers.append({c.pid for c in multiprocessing.active_children()} - before)
+    assert loader.bad_files == alone.bad_files and loader.bad_files
+    assert len(workers[0]) == 2 and workers[0] == workers[1] == workers[2]
+    del loader
+    gc.collect()
+    assert not workers[0] & {child.pid for child in multiprocessing.active_children()}
+
+
+def test_an_epoch_left_early_can_be_begun_again(samples):
+    loader = ClipLoader(samples, config(), batch_size=2, augment=FULL)
+    whole = list(loader.epoch(0))
+    for _ in loader.epoch(0):
+        break
+    assert_same(loader.epoch(0), whole)
+
+
+def test_an_epoch_ends_when_another_is_begun(samples):
+    loader = ClipLoader(samples, config(), batch_size=2)
+    first, second = loader.epoch(0), loader.epoch(1)
+    next(first)
+    next(second)
+    with pytest.raises(RuntimeError, match="this epoch ended when another one was begun"):
+        next(first)
+    assert len(list(second)) == 5
+
+
+def test_a_batch_keeps_its_values_while_later_ones_are_made(samples):
+    loader = ClipLoader(samples, config(), batch_size=2)
+    copies = [(b, b.video.clone()) for b in loader.epoch(0)]
+    assert all(torch.equal(batch.video, copy) for batch, copy in copies)
+    assert len({batch.video.data_ptr() for batch, _ in copies}) == len(copies)
+
+
+@pytest.mark.parametrize("mode", ["val", "test"])
+def test_shards_of_a_validation_see_each_sample_once_in_order(bad_samples, mode):
+    loaders = [
+        ClipLoader(bad_samples, config(), batch_size=3, mode=mode, rank=rank, world_size=2)
+        for rank in (0, 1)
+    ]
+    batches = [list(loader.epoch()) for loader in loaders]
+    assert [len(b) for b in batches] == [3, 3] == [loader.steps_per_epoch for loader in loaders]
+    index = [i for pair in zip(*batches, strict=True) for b in pair for i in b.index.tolist()]
+    label = [i for pair in zip(*batches, strict=True) for b in pair for i in b.label.tolist()]
+    want = [-1 if i in (2, 7, 11) else i for i in range(13)] + [-1] * 5
+    assert index == want
+    assert label == [-1 if i < 0 else bad_samples[i].label for i in want]
+    bad = loaders[0].bad_files | loaders[1].bad_files
+    assert set(bad) == {bad_samples[i].path for i in (2, 7, 11)}
+
+
+# Frames and preprocessing
+
+
+def test_training_frames_are_those_of_the_published_sampling(tmp_path):
+    path = write_numbered(tmp_path / "v.mp4", 60, size=(64, 64))
+    for process in (dict(sampling="uniform"), dict(sampling="dense", interval=4)):
+        cfg = config(64, 8, val_short_side=64, **process)
+        loader = ClipLoader([Sample(path, 0)] * 4, cfg, batch_size=4, seed=9)
+        clips = []
+        for epoch in range(4):
+            video = next(iter(loader.epoch(epoch))).video[:, 0]
+            clips += [[read_number(f) for f in c] for c in pixels(video, cfg.preprocess)]
+        assert len({tuple(c) for c in clips}) > 8
+        for clip in clips:
+            if cfg.preprocess.sampling == "dense":
+                assert np.diff(clip).tolist() == [4] * 7 and clip[0] <= 60 - 32
+            else:
+                segment = 59 / 8
+                for i, frame in enumerate(clip):
+                    assert round(segment * i) <= frame <= round(segment * (i + 1))
+
+
+def resized(frame: np.ndarray, short: int) -> np.ndarray:
+    """PIL's bilinear resize, which antialiases as torchvision's does."""
+    height, width = frame.shape[:2]
+    scale = short / min(height, width)
+    size = (max(short, int(width * scale + 0.5)), max(short, int(height * scale + 0.5)))
+    return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BILINEAR), np.float64)
+
+
+def test_validation_equals_an_independent_computation(tmp_path):
+    rng = np.random.default_rng(0)
+    # A smooth random picture: a misplaced crop or a wrong size would show.
+    for height, width in ((96, 128), (162, 90), (24, 30), (64, 64), (50, 301)):
+        noise = Image.fromarray(rng.integers(256, size=(9, 9, 3), dtype=np.uint8))
+        image = np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC))
+        even = (height // 2 * 2, width // 2 * 2)
+        path = write_video(tmp_path / "v.mp4", [image[: even[0], : even[1]]] * 9, qp="1")
+        cfg = config(32, 4)
+        batch = next(iter(ClipLoader([Sample(path, 1)], cfg, batch_size=1, mode="val").epoch()))
+        frames = read_frames(path, lambda n: uniform_indices(n, 4)[0])
+        want = np.stack([resized(frame, 40) for frame in frames])
+        top, left = (want.shape[1] - 32) // 2, (want.shape[2] - 32) // 2
+        want = want[:, top : top + 32, left : left + 32]
+        got = pixels(batch.video[0, 0], cfg.preprocess)
+        assert np.abs(got - want).max() <= 1.01, (height, width)
+        assert np.abs(got - want).mean() < 0.3
+
+
+def test_test_views_are_clip_by_clip_left_centre_right(tmp_path):
+    for height, width in ((64, 200), (200, 64), (64, 64)):
+        ramp = np.linspace(0, 255, max(height, width))
+        plane = np.broadcast_to(ramp, (height, width)) if width >= height else None
+        plane = plane if plane is not None else np.broadcast_to(ramp[:, None], (height, width))
+        image = np.repeat(np.round(plane)[..., None], 3, axis=2).astype(np.uint8)
+        images = [np.clip(image.astype(int) + i, 0, 255).astype(np.uint8) for i in range(30)]
+        path = write_video(tmp_path / "v.mp4", images, qp="1")
+        cfg = config(32, 4, sampling="dense", interval=2, test_short_side=48)
+        loader = ClipLoader([Sample(path, 1)], cfg, batch_size=1, mode="test", views=(3, 3))
+        video = next(iter(loader.epoch())).video
+        assert video.shape == (1, 9, 3, 4, 32, 32)
+        got = pixels(video[0], cfg.preprocess)
+        frames = read_frames(path, lambda n: dense_indices(n, 4, 2, 3))
+        for clip in range(3):
+            want = np.stack([resized(frame, 48) for frame in frames[clip]])
+            free = np.array(want.shape[1:3]) - 32
+            for crop, place in enumerate((0.0, 0.5, 1.0)):
+                top, left = free // 2
+                if width >= height:
+                    left = int(free[1] * place)
+                else:
+                    top = int(free[0] * place)
+                part = want[:, top : top + 32, left : left + 32]
+                assert np.abs(got[clip * 3 + crop] - part).max() <= 1.01, (height, width, crop)
+
+
+def test_pixels_are_normalised_with_the_models_own_mean_and_std(samples):
+    plain = config(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    other = config(mean=(10.0, 20.0, 30.0), std=(2.0, 3.0, 4.0))
+    first, second = (
+        next(iter(ClipLoader(samples, cfg, batch_size=4, mode="val").epoch())).video
+        for cfg in (plain, other)
+    )
+    assert first.min() >= 0 and 200 < first.max() <= 255 and torch.equal(first, first.round())
+    mean = torch.tensor(other.preprocess.mean).view(3, 1, 1, 1)
+    std = torch.tensor(other.preprocess.std).view(3, 1, 1, 1)
+    torch.testing.assert_close(second, (first - mean) / std)
+
+
+# Augmentation
+
+
+def test_a_mirrored_clip_takes_the_label_of_the_map(tmp_path):
+    path = write_numbered(tmp_path / "v.mp4", 20, size=(64, 64))
+    whole = dict(rand_augment_ops=0, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
+    clips = {}
+    for flip in (0.0, 1.0):
+        augment = AugmentConfig(flip=flip, flip_label_map={3: 4, 4: 3}, **whole)
+        loader = ClipLoader(
+            [Sample(path, label) for label in (3, 4, 5)], config(), batch_size=3, augment=augment
+        )
+        clips[flip] = next(iter(loader.epoch()))
+    plain, mirrored = clips[0.0], clips[1.0]
+    assert torch.equal(plain.index, mirrored.index)
+    assert torch.equal(mirrored.video, plain.video.flip(-1))
+    assert plain.label.tolist() == [3 + i for i in plain.index]
+    assert mirrored.label.tolist() == [{0: 4, 1: 3, 2: 5}[i] for i in plain.index.tolist()]
+
+
+def still_video(path, rng, frames=8, side=64):
+    noise = Image.fromarray(rng.integers(40, 200, size=(7, 7, 3), dtype=np.uint8))
+    image = np.asarray(noise.resize((side, side), Image.Resampling.BICUBIC))
+    path = write_video(path, [image] * frames, qp="1", g="1")
+    decoded = read_frames(path, np.arange)
+    assert (decoded == decoded[:1]).all()
+    return path, decoded[0]
+
+
+def test_a_still_clip_stays_still_under_full_augmentation(tmp_path):
+    rng = np.random.default_rng(0)
+    samples = [Sample(still_video(tmp_path / f"{i}.mp4", rng)[0], 0) for i in range(4)]
+    augment = AugmentConfig(rand_augment_ops=5, rand_augment_magnitude=9, erasing=1.0)
+    loader = ClipLoader(samples, config(), batch_size=4, augment=augment)
+    seen = []
+    for epoch in range(9):
+        video = next(iter(loader.epoch(epoch))).video
+        assert torch.equal(video, video[:, :, :, :1].expand_as(video))
+        seen += list(video)
+    assert not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+
+
+def equalized(image: np.ndarray) -> np.ndarray:
+    """Histogram equalization by OpenCV's formula, channel by channel."""
+    out = np.empty_like(image)
+    for c in range(3):
+        total = np.bincount(image[..., c].ravel(), minlength=256).cumsum()
+        first = total[total > 0][0]
+        table = np.clip((total - first) * 255 / (total[-1] - first), 0, 255)
+        out[..., c] = np.round(table).astype(np.uint8)[image[..., c]]
+    return out
+
+
+def pil_operation(name: str, image: np.ndarray, signed: float, grey: int = 128) -> np.ndarray:
+    """RandAugment's operations as PIL does them, at strength |signed| of 1."""
+    picture, strength, side = Image.fromarray(image), abs(signed), image.shape[0]
+    fill = (grey, grey, grey)
+    enhance = {
+        "brightness": ImageEnhance.Brightness,
+        "contrast": ImageEnhance.Contrast,
+        "color": ImageEnhance.Color,
+        "sharpness": ImageEnhance.Sharpness,
+    }
+    affine = {
+        "translate_x": (1, 0, 0.45 * signed * side, 0, 1, 0),
+        "translate_y": (1, 0, 0, 0, 1, 0.45 * signed * side),
+        "shear_x": (1, 0.3 * signed, -0.3 * signed * side / 2, 0, 1, 0),
+        "shear_y": (1, 0, 0, 0.3 * signed, 1, -0.3 * signed * side / 2),
+    }
+    if name in enhance:
+        picture = enhance[name](picture).enhance(1 + 0.9 * signed)
+    elif name in affine:
+        picture = picture.transform(
+            picture.size,
+            Image.Transform.AFFINE,
+            affine[name],
+            Image.Resampling.BILINEAR,
+            fillcolor=fill,
+        )
+    elif name == "rotate":
+        picture = picture.rotate(30 * signed, Image.Resampling.BILINEAR, fillcolor=fill)
+    elif name == "posterize":
+        picture = ImageOps.posterize(picture, 4 - int(4 * strength))
+    elif name == "solarize":
+        picture = ImageOps.solarize(picture, 256 * (1 - strength))
+    elif name == "equalize":
+        return equalized(image)
+    else:
+        picture = (ImageOps.invert if name == "invert" else ImageOps.autocontrast)(picture)
+    return np.asarray(picture)
+
+
+@pytest.mark.parametrize("name", source.RAND_AUGMENT)
+@pytest.mark.parametrize("signed", [0.7, -0.55])
+def test_each_rand_augment_operation_equals_pils(tmp_path, monkeypatch, name, signed):
+    path, image = still_video(tmp_path / "v.mp4", np.random.default_rng(3))
+    kind, value, numbers = source._operation(name, abs(signed), signed, 64)
+    row = np.zeros((1, 11), np.float32)
+    row[0, :2] = source.KINDS.index(kind), value
+    row[0, 2 : 2 + len(numbers)] = numbers
+    monkeypatch.setattr(source, "draw_ops", lambda *args: row)
+    augment = AugmentConfig(
+        rand_augment_ops=1, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0
+    )
+    cfg = config(64)
+    batch = next(iter(ClipLoader([Sample(path, 0)], cfg, batch_size=1, augment=augment).epoch()))
+    got = pixels(batch.video[0, 0, :, :1], cfg.preprocess)[0]
+    want = pil_operation(name, image, signed)
+    # The two blend differently along the border of the picture and of what an operation uncovers.
+    inside = np.full((64, 64), True)
+    if name in source.RAND_AUGMENT[:5]:
+        inside = pil_operation(name, np.full_like(image, 255), signed, grey=0)[..., 0]
+        shifted = [np.roll(inside, s, axis) for s in (-1, 1) for axis in (0, 1)]
+        inside = np.all([np.isin(x, (0, 255)) & (x == inside) for x in shifted], axis=0)
+    inside[[0, -1]] = inside[:, [0, -1]] = False
+    assert inside.mean() > 0.8
+    error = np.abs(got - want)[inside]
+    assert error.max() <= 2.01 and error.mean() <= 0.7, (error.max(), error.mean())
+    assert np.abs(got - image)[inside].mean() > 1  # it did something
+
+
+def test_operations_are_distinct_applied_half_the_time_and_of_the_asked_strength():
+    augment = AugmentConfig(rand_augment_ops=4, rand_augment_magnitude=7)
+    rng = np.random.default_rng(0)
+    rows = np.stack([source.draw_ops(rng, 64, augment) for _ in range(6000)])
+    assert rows.shape == (6000, 4, 11) and rows.dtype == np.float32
+    kinds = rows[..., 0].astype(int)
+    assert abs((kinds == 0).mean() - 0.5) < 0.02
+    for kind, name in enumerate(source.KINDS[2:], 2):
+        assert abs((kinds == kind).sum() / (0.5 * kinds.size / 14) - 1) < 0.15, name
+        assert ((kinds == kind).sum(axis=1) <= 1).all()
+    factors = rows[kinds == source.KINDS.index("brightness")][:, 1]
+    assert abs(np.abs(factors - 1).mean() - 0.63) < 0.01
+    assert 0.01 < np.abs(factors - 1).std() < 0.07 and 0.4 < (factors > 1).mean() < 0.6
+
+
+def test_erasing_covers_one_grey_rectangle_of_the_whole_clip(samples):
+    plain = AugmentConfig(rand_augment_ops=0)
+    clips = [
+        ClipLoader(samples, config(), batch_size=12, augment=dataclasses.replace(plain, erasing=p))
+        for p in (0.0, 1.0)
+    ]
+    before, after = (pixels(next(iter(c.epoch())).video[:, 0], config().preprocess) for c in clips)
+    for a, b in zip(before, after, strict=True):
+        changed = (np.abs(a - b) > 1e-3).any(axis=(0, 3))
+        rows, columns = np.flatnonzero(changed.any(axis=1)), np.flatnonzero(changed.any(axis=0))
+        box = b[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        assert np.abs(box - 128).max() < 1e-3
+        assert 0.01 * 32 * 32 < box.shape[1] * box.shape[2] < 0.4 * 32 * 32
+
+
+def test_random_crops_keep_to_area_and_ratio_and_reach_everywhere():
+    rng, augment = np.random.default_rng(0), AugmentConfig()
+    boxes = np.array([source.draw_crop(rng, 120, 160, augment) for _ in range(4000)])
+    top, left, height, width = boxes.T
+    assert (top >= 0).all() and (top + height <= 120).all()
+    assert (left >= 0).all() and (left + width <= 160).all()
+    area, ratio = height * width / (120 * 160), width / height
+    assert 0.075 < area.min() < 0.1 and area.max() > 0.9
+    assert 0.72 < ratio.min() < 0.78 and 1.28 < ratio.max() < 1.38
+    assert top.min() == left.min() == 0
+    assert (top + height).max() == 120 and (left + width).max() == 160
+    # No crop of that ratio fits: the centre square.
+    wide = AugmentConfig(crop_scale=(0.9, 1.0))
+    assert source.draw_crop(rng, 10, 100, wide) == (0, 45, 10, 10)
+
+
+# Bad files
+
+
+def test_bad_training_files_are_replaced_named_and_counted(bad_samples):
+    loaders = [ClipLoader(bad_samples, config(), batch_size=13, augment=FULL) for _ in range(2)]
+    (batch,), (again,) = (list(loader.epoch(0)) for loader in loaders)
+    assert_same([batch], [again])
+    index = batch.index.tolist()
+    assert not {2, 7, 11} & set(index) and min(index) >= 0
+    assert len(set(index)) <= 10  # ten good ones, and three of them once more
+    assert batch.label.tolist() == [bad_samples[i].label for i in index]
+    assert set(loaders[0].bad_files) == {bad_samples[i].path for i in (2, 7, 11)}
+    for path, reason in loaders[0].bad_files.items():
+        assert reason.startswith(f"{path}: ")
+
+
+def test_training_on_bad_files_alone_stops_with_the_reason(bad_samples):
+    loader = ClipLoader([bad_samples[2]] * 2, config(), batch_size=2)
+    with pytest.raises(ValueError, match=r"samples must hold videos that decode: .*bad2\.mp4: "):
+        list(loader.epoch())
+
+
+def test_a_video_over_its_time_limit_is_a_bad_one(samples):
+    loader = ClipLoader(samples, config(), batch_size=13, mode="val", timeout=1e-9)
+    (batch,) = loader.epoch()
+    assert (batch.index == -1).all()
+    assert all("longer" in reason and "limit of 1e-09 s" in reason for reason in
+               loader.bad_files.values()) and len(loader.bad_files) == 13  # fmt: skip
+
+
+def test_a_file_that_vanishes_or_changes_during_a_run_is_a_bad_one(samples, tmp_path):
+    paths = [shutil.copy(samples[i].path, tmp_path / f"{i}.mp4") for i in range(4)]
+    for cache in (None, str(tmp_path / "cache")):
+        loader = ClipLoader(
+            [Sample(str(p), 0) for p in paths], config(), batch_size=4, mode="val", cache=cache
+        )
+        (batch,) = loader.epoch()
+        assert batch.index.tolist() == [0, 1, 2, 3]
+        content = [path.read_bytes() for path in paths]
+        paths[1].unlink()
+        paths[2].write_bytes(content[2][: len(content[2]) // 3])
+        (batch,) = loader.epoch()
+        assert batch.index.tolist() == [0, -1, -1, 3]
+        assert set(loader.bad_files) == {str(paths[1]), str(paths[2])}
+        for path, data in zip(paths, content, strict=True):
+            path.write_bytes(data)
+
+
+def test_the_cache_gives_the_same_batches_without_decoding_again(
+    bad_samples, tmp_path, monkeypatch
+):
+    part = dataclasses.replace(bad_samples[0], start=0.1, end=0.3)
+    common = dict(batch_size=2, augment=AugmentConfig(rand_augment_ops=0), seed=1)
+    plain = ClipLoader([*bad_samples, part], config(), **common)
+    cached = ClipLoader([*bad_samples, part], config(), cache=str(tmp_path), **common)
+    for epoch in (0, 1, 2):
+        assert_same(cached.epoch(epoch), plain.epoch(epoch))
+    assert cached.bad_files == plain.bad_files
+    assert len(list(tmp_path.iterdir())) == 11
+
+    decoded = []
+    read = frame_cache.read_frames
+    monkeypatch.setattr(frame_cache, "read_frames", lambda *a: decoded.append(a[0]) or read(*a))
+    list(ClipLoader(bad_samples, config(), cache=str(tmp_path), **common).epoch(2))
+    assert decoded and all("bad" in path for path in decoded)
+
+
+def test_a_cache_file_that_is_cut_short_is_not_used(samples, tmp_path):
+    loader = ClipLoader(samples[:1], config(), batch_size=1, cache=str(tmp_path))
+    (whole,) = loader.epoch()
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-5])
+    (again,) = loader.epoch()
+    assert_same([whole], [again])
+
+
+def test_too_many_bad_files_stop_a_run_with_the_list():
+    bad = {"b.mp4": "b.mp4: is damaged", "a.mp4": "a.mp4: holds no frame"}
+    check_bad_files(bad, total=200, max_bad_fraction=0.01)
+    check_bad_files({}, total=200, max_bad_fraction=0.0)
+    with pytest.raises(ValueError, match=r"(?s)0.01 of 199: got 2:\n  a.mp4: holds.*\n  b.mp4: is"):
+        check_bad_files(bad, total=199, max_bad_fraction=0.01)
+
+
+def test_training_on_every_file_there_is_ends_and_names_the_damaged(clips):
+    files = sorted(
+        str(path)
+        for folder in ("actions", "asl", "derived", "robust")
+        for path in (clips / folder).iterdir()
+        if path.is_file()
+    )
+    assert len(files) == 86
+    loader = ClipLoader(
+        [Sample(path, 0) for path in files], config(frames=8), batch_size=2, augment=FULL, workers=2
+    )
+    index = torch.cat([batch.index for batch in loader.epoch()])
+    named = {os.path.basename(path) for path in loader.bad_files}
+    certain = "no_moov empty text bitflips packet__decord"
+    certain = {f"CORRUPT_{name}.mp4" for name in certain.split()} | {"NOVIDEO_audio_only.mp4"}
+    assert certain <= named <= certain | {"CORRUPT_truncated_faststart.mp4"}
+    assert len(index) == 86 and len(set(index.tolist())) >= 86 - len(named) - 1
+
+
+# Behaviour of the object
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(mode="eval"), "mode must be 'train', 'val' or 'test': got 'eval'"),
+        (dict(batch_size=0), "batch_size must be at least 1: got 0"),
+        (dict(accumulation=0), "accumulation must be at least 1: got 0"),
+        (dict(rank=2, world_size=2), r"rank must be in 0..world_size-1: got 2 of 2"),
+        (dict(timeout=0), "timeout must be positive: got 0"),
+        (dict(workers=-1), "workers must not be negative: got -1"),
+        (dict(mode="test", views=(1, 2)), r"views must be \(clips >= 1, crops 1 or 3\): got"),
+        (dict(views=(2, 1)), r"views must be \(1, 1\) in mode 'train': got \(2, 1\)"),
+        (dict(mode="val", augment=FULL), "augment and accumulation are for mode 'train'"),
+        (dict(batch_size=14), "samples must fill one step of 14 clips: got 13"),
+    ],
+)
+def test_arguments_are_checked_before_any_work(samples, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ClipLoader(samples, config(), **(dict(batch_size=2) | arguments))
+
+
+def test_a_start_step_outside_the_epoch_is_refused(samples):
+    loader = ClipLoader(samples, config(), batch_size=2)
+    with pytest.raises(ValueError, match=r"start_step must be in 0..6: got 7"):
+        loader.epoch(0, start_step=7)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (dict(rand_augment_ops=15), r"augment.rand_augment_ops must be in 0..14: got 15"),
+        (dict(rand_augment_magnitude=11), r"augment.rand_augment_magnitude must be in 0..10"),
+        (dict(crop_scale=(0.0, 1.0)), "augment.crop_scale must be two ascending fractions"),
+        (dict(crop_ratio=(2.0, 1.0)), "augment.crop_ratio must be two ascending positive"),
+        (dict(flip=1.5), "augment.flip must be a probability: got 1.5"),
+        (dict(erasing=-0.1), "augment.erasing must be a probability: got -0.1"),
+    ],
+)
+def test_augmentation_values_are_checked(values, message):
+    with pytest.raises(ValueError, match=message):
+        AugmentConfig(**values)
+
+
+def test_a_program_with_workers_is_run_once_and_ends_though_its_epoch_does_not(samples, tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        from zeroi2v.config import ModelConfig
+        from zeroi2v.data.annotations import Sample
+        from zeroi2v.data.pipeline import ClipLoader
+        samples = [Sample({samples[0].path!r}, 0)] * 20
+        config = ModelConfig(image_size=32, num_frames=2)
+        loader = ClipLoader(samples, config, batch_size=2, workers=2)
+        batches = loader.epoch()
+        print(tuple(next(batches).video.shape))
+        """)
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.strip() == "(2, 1, 3, 2, 32, 32)"
+
+
+def test_workers_import_neither_torch_nor_more_than_they_need():
+    code = "import sys, zeroi2v.data.source; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_numbered_frames_are_read_back():
+    assert [read_number(numbered_frame(i, 64, 64)) for i in range(256)] == list(range(256))
+    assert issubclass(DecodeError, ValueError)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="relies on Linux's parent death signal")
+def test_workers_do_not_outlive_a_killed_process(samples):
+    code = f"""
+        import multiprocessing, os, signal
+        from test_pipeline import ClipLoader, Sample, config
+        loader = ClipLoader([Sample({samples[0].path!r}, 0)] * 8, config(), batch_size=2, workers=2)
+        next(loader.epoch())
+        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        cwd=os.path.dirname(__file__),
+    )
+    pids = [int(pid) for pid in result.stdout.split()]
+    assert result.returncode == -9 and len(pids) == 2
+    deadline = time.monotonic() + 10
+    while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)

@@ -1,0 +1,104 @@
+"""Prediction: the same figures as evaluation, names of classes, and files that can't be read."""
+
+import json
+
+import pytest
+import torch
+from models import build, small_config
+from videos import write_numbered
+
+from zeroi2v import cli, predict
+from zeroi2v.data.annotations import Sample
+from zeroi2v.data.pipeline import ClipLoader
+from zeroi2v.evaluate import predict_views
+
+LABELS = tuple(f"class {i}" for i in range(11))
+
+
+def run(argv) -> int:
+    return cli.run(predict.main, [str(word) for word in argv])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("predict")
+    build(small_config(labels=LABELS)).save_pretrained(folder / "named")
+    build(small_config()).save_pretrained(folder / "unnamed")
+    for i in range(3):
+        write_numbered(folder / f"video {i}.mp4", 9 + 5 * i)
+    (folder / "bad.mp4").write_text("no video")
+    return folder
+
+
+def test_probabilities_are_those_of_evaluation(place):
+    model = build(small_config(labels=LABELS))
+    paths = [str(place / f"video {i}.mp4") for i in range(3)]
+    results = predict.predict(model, paths, topk=11)
+    samples = [Sample(path, 0) for path in paths]
+    views = model.config.preprocess.test_views
+    loader = ClipLoader(samples, model.config, batch_size=2, mode="test", views=views)
+    _, probs = predict_views(model, loader, "cpu")
+    assert [result["path"] for result in results] == paths
+    for result, row in zip(results, probs, strict=True):
+        values = [entry["probability"] for entry in result["topk"]]
+        assert values == sorted(values, reverse=True) and sum(values) == pytest.approx(1)
+        for entry in result["topk"]:
+            assert entry["probability"] == pytest.approx(row[entry["index"]].item(), rel=1e-4)
+            assert entry["label"] == f"class {entry['index']}"
+
+
+def test_json_lines_hold_every_file_in_order_and_the_others_go_on_after_a_bad_one(place, capsys):
+    files = [place / "video 0.mp4", place / "bad.mp4", place / "gone.mp4", place / "video 1.mp4"]
+    assert run([place / "named", *files, "--json", "--topk", 2]) == 1
+    captured = capsys.readouterr()
+    lines = [json.loads(line) for line in captured.out.splitlines()]
+    assert [line["path"] for line in lines] == [str(file) for file in files]
+    assert [sorted(line) for line in lines] == [
+        ["path", "topk"], ["error", "path"], ["error", "path"], ["path", "topk"]
+    ]  # fmt: skip
+    assert [len(line["topk"]) for line in lines if "topk" in line] == [2, 2]
+    assert str(place / "bad.mp4") in lines[1]["error"]
+    assert captured.err == "error: 2 of 4 files can't be decoded: see above\n"
+
+
+def test_text_output_is_one_block_a_file(place, capsys):
+    assert run([place / "named", place / "video 0.mp4", place / "video 2.mp4", "--topk", 3]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == str(place / "video 0.mp4") and lines[4] == str(place / "video 2.mp4")
+    assert len(lines) == 8 and all(" %  class " in lines[i] for i in (1, 2, 3, 5, 6, 7))
+
+
+def test_a_bad_file_is_one_line_of_text(place, capsys):
+    assert run([place / "named", place / "bad.mp4"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and "can't be decoded" in lines[0] and "bad.mp4" in lines[0]
+
+
+def test_without_names_the_index_is_the_label_and_topk_stops_at_all_classes(place, capsys):
+    assert run([place / "unnamed", place / "video 0.mp4", "--json", "--topk", 100]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    topk = json.loads(line)["topk"]
+    assert sorted(entry["index"] for entry in topk) == list(range(11))
+    assert all(entry["label"] == str(entry["index"]) for entry in topk)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere", "video 0.mp4"], "model folder not found: nowhere"),
+        (["named", "video 0.mp4", "--topk", "0"], "topk must be at least 1: got 0"),
+    ],
+)
+def test_bad_input_is_one_clear_line(place, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(place)
+    assert run(words) == 1
+    captured = capsys.readouterr()
+    assert captured.err == f"error: {message}\n" and not captured.out
+
+
+def test_a_model_whose_output_is_not_finite_predicts_nothing(place):
+    model = build(small_config())
+    with torch.no_grad():
+        model.head.bias[0] = torch.nan
+    with pytest.raises(ValueError, match="must be finite"):
+        predict.predict(model, [str(place / "video 0.mp4")])

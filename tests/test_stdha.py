@@ -1,0 +1,114 @@
+"""Head-shifted attention against its definition, in float64."""
+
+import pytest
+import torch
+from zeroi2v_kernels.stdha import shift_heads, source_frames, stdha, stdha_reference, stdha_split
+
+from zeroi2v.config import RECIPES
+
+OFFSETS = sorted({r.model.head_offsets for r in RECIPES.values()}, key=lambda o: (len(o), o))
+CASES = [
+    *((frames, offsets) for offsets in OFFSETS for frames in (1, 3, 8)),
+    *((frames, (9, -9, 1, -1)) for frames in (1, 5, 8, 9, 10)),  # beyond T
+    *((5, (offset,) * 4) for offset in (-2, 0, 3)),  # all equal
+]
+
+
+def random_qkv(frames, heads, tokens=5, dim=4, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, frames, tokens, 3, heads, dim, generator=generator, dtype=dtype)
+
+
+def loop(qkv, offsets):
+    """The formula once more, one query frame and head at a time."""
+    out = torch.full_like(qkv[:, :, :, 0], float("nan"))
+    for t in range(qkv.shape[1]):
+        for h, offset in enumerate(offsets):
+            s = t + offset
+            s = s if 0 <= s < qkv.shape[1] else t
+            query, key, value = qkv[:, t, :, 0, h], qkv[:, s, :, 1, h], qkv[:, s, :, 2, h]
+            weights = (query @ key.mT / qkv.shape[-1] ** 0.5).softmax(-1)
+            out[:, t, :, h] = weights @ value
+    return out
+
+
+@pytest.mark.parametrize("frames, offsets", CASES)
+def test_reference_and_sdpa_compute_the_formula_and_its_gradient(frames, offsets):
+    qkv = random_qkv(frames, len(offsets)).requires_grad_()
+    expected = loop(qkv, offsets)
+    weight = torch.randn_like(expected)
+    (gradient,) = torch.autograd.grad(expected, qkv, weight)
+    for backend in ("reference", "sdpa"):
+        out = stdha(qkv, offsets, backend=backend)
+        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+        (got,) = torch.autograd.grad(out, qkv, weight)
+        torch.testing.assert_close(got, gradient, rtol=1e-10, atol=1e-12)
+
+
+def test_scale_replaces_the_default_scale():
+    qkv = random_qkv(3, 2)
+    for backend in ("reference", "sdpa"):
+        default = stdha(qkv, (0, 1), backend=backend)
+        same = stdha(qkv, (0, 1), scale=4**-0.5, backend=backend)
+        torch.testing.assert_close(default, same, rtol=0, atol=0)
+        assert not torch.allclose(default, stdha(qkv, (0, 1), scale=2.0, backend=backend))
+
+
+def test_zero_offsets_are_plain_attention():
+    qkv = random_qkv(4, 3)
+    query, key, value = qkv.flatten(0, 1).permute(2, 0, 3, 1, 4)
+    plain = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    out = stdha(qkv, (0, 0, 0))
+    torch.testing.assert_close(out, plain.transpose(1, 2).unflatten(0, (2, 4)))
+
+
+def test_heads_are_independent():
+    qkv = random_qkv(6, 4)
+    offsets = (-1, 1, -2, 0)
+    whole = stdha(qkv, offsets)
+    for head in range(4):
+        alone = stdha(qkv[:, :, :, :, head : head + 1], offsets[head : head + 1])
+        torch.testing.assert_close(whole[:, :, :, head : head + 1], alone, rtol=1e-12, atol=1e-12)
+
+
+def test_edge_frames_read_themselves():
+    assert source_frames(4, 1) == [1, 2, 3, 3]
+    assert source_frames(4, -2) == [0, 1, 0, 1]
+    assert source_frames(2, 5) == [0, 1]
+
+
+def test_input_is_left_untouched_without_autograd_and_overwritten_only_on_request():
+    qkv = random_qkv(4, 2)
+    before = qkv.clone()
+    with torch.no_grad():
+        out = stdha(qkv, (-1, 1))
+    assert torch.equal(qkv, before)
+    query, key_value = qkv[:, :, :, 0], qkv[:, :, :, 1:]
+    assert torch.equal(stdha_split(query, key_value, (-1, 1), overwrite=True), out)
+
+
+@pytest.mark.parametrize("offsets", [(-1, 1, 0), (2, -3, 7)])
+def test_shift_heads_is_a_well_formed_operator(offsets):
+    key_value = random_qkv(4, 3)[:, :, :, 1:].requires_grad_()  # strided, as cut out of qkv
+    torch.library.opcheck(shift_heads, (key_value, list(offsets)))
+
+
+def test_wrong_arguments_are_refused():
+    qkv = random_qkv(2, 4)
+    with pytest.raises(ValueError, match="head_offsets needs one entry per head: got 3 for 4"):
+        stdha(qkv, (0, 0, 0))
+    with pytest.raises(ValueError, match=r"qkv must be \[B, T, N, 3, H, D\]: got \[2, 5"):
+        stdha(qkv[0], (0,) * 4)
+    with pytest.raises(ValueError, match=r"qkv must be floating point: got torch.int64"):
+        stdha(qkv.long(), (0,) * 4)
+    with pytest.raises(ValueError, match="backend must be one of triton, .* or None: got 'x'"):
+        stdha(qkv, (0,) * 4, backend="x")
+
+
+def test_the_definition_rounds_like_any_attention_in_bf16():
+    qkv = random_qkv(4, 3, tokens=17, dim=16)
+    oracle = stdha_reference(qkv, (1, -1, 0))
+    error = (stdha_reference(qkv.bfloat16(), (1, -1, 0)).double() - oracle).abs().max()
+    fused = (stdha(qkv.bfloat16(), (1, -1, 0)).double() - oracle).abs().max()
+    eps = torch.finfo(torch.bfloat16).eps
+    assert fused <= 2 * (error + eps * oracle.abs().max())

@@ -1,0 +1,320 @@
+"""The Triton kernels and the flash-attn path of head-shifted attention, without a GPU.
+
+Kernels run in Triton's interpreter. The yardstick is the definition in float64; a kernel may err
+twice as much as the definition computed in the kernel's own dtype. New tensors hold NaN until they
+are written.
+"""
+
+import logging
+import sys
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from zeroi2v_kernels import stdha_flash
+from zeroi2v_kernels.stdha import (
+    _announce,
+    choose_backend,
+    stdha,
+    stdha_op,
+    stdha_reference,
+    stdha_split,
+    stdha_split_op,
+)
+
+from tests.models import build, small_config
+from zeroi2v.attention import set_backend
+from zeroi2v.config import RECIPES
+
+stdha_launch = pytest.importorskip("zeroi2v_kernels.stdha_launch", reason="needs triton")
+pytestmark = pytest.mark.skipif(
+    not (torch.cuda.is_available() or stdha_launch.INTERPRET), reason="needs Triton's interpreter"
+)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RECIPE_OFFSETS = sorted({r.model.head_offsets for r in RECIPES.values()})
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+CASES = [  # T, N, D, dtype, head_offsets
+    *((3, 5, 64, BF16, offsets) for offsets in RECIPE_OFFSETS),
+    *((2, 5, 16, FP32, offsets) for offsets in RECIPE_OFFSETS[::2]),
+    *((frames, 17, 64, FP16, (9, -9, 1, -3)) for frames in (1, 4)),  # beyond T
+    *((frames, 5, 64, FP16, (1, -2)) for frames in (5, 6, 7, 8)),
+    *((4, 17, 64, BF16, (offset,) * 2) for offset in (-3, 0, 1)),  # all equal
+    *((2, 50, 64, dtype, (-1, 1)) for dtype in (BF16, FP16)),
+    *((2, 33, 64, FP32, (1, -1)), (2, 33, 32, BF16, (1, 0)), (2, 50, 128, BF16, (-1, 0))),
+    *((2, 197, 64, BF16, (1, 0)), (1, 257, 64, BF16, (0, -1)), (2, 257, 64, FP16, (1,))),
+    *((1, 577, 64, BF16, (0,)), (2, 197, 128, FP16, (-1,))),
+]
+
+
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_nan(monkeypatch):
+    """Fills what the launchers allocate with NaN, so that an element nobody writes shows."""
+    for owner, name in ((torch.Tensor, "new_empty"), (torch, "empty_like")):
+        allocate = getattr(owner, name)
+
+        def poisoned(*args, allocate=allocate, **kwargs):
+            out = allocate(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out
+
+        monkeypatch.setattr(owner, name, poisoned)
+
+
+def random_qkv(frames, tokens, heads, width, dtype=FP32, clips=1, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (clips, frames, tokens, 3, heads, width)
+    return torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
+
+
+def with_gradient(function, inputs, weight):
+    """The output and the gradients of `inputs`, as a list."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = function(*inputs)
+    return [out.detach(), *torch.autograd.grad(out, inputs, weight.to(out.dtype))]
+
+
+def assert_within_budget(got, same_dtype, oracle):
+    """Twice the error of the definition in the same dtype, plus one rounding of the largest."""
+    for g, same, true in zip(got, same_dtype, oracle, strict=True):
+        assert g.shape == true.shape and g.dtype == same.dtype
+        budget = (same.double() - true).abs().max() + torch.finfo(g.dtype).eps * true.abs().max()
+        error = (g.double() - true).abs().max()  # NaN fails the comparison
+        assert error <= 2 * budget, f"error {error:.2e}, budget {2 * budget:.2e}"
+
+
+@pytest.mark.parametrize("frames, tokens, width, dtype, offsets", CASES)
+def test_kernels_compute_the_definition_and_its_gradient(frames, tokens, width, dtype, offsets):
+    qkv = random_qkv(frames, tokens, len(offsets), width, dtype)
+    weight = random_qkv(frames, tokens, len(offsets), width, dtype, seed=1)[:, :, :, 0]
+    got = with_gradient(lambda x: stdha(x, offsets, backend="triton"), [qkv], weight)
+    same = with_gradient(lambda x: stdha_reference(x, offsets), [qkv], weight)
+    oracle = with_gradient(lambda x: stdha_reference(x, offsets), [qkv.double()], weight)
+    assert_within_budget(got, same, oracle)
+
+
+@pytest.mark.parametrize("tokens, dtype", [(197, BF16), (50, FP16), (300, BF16), (33, FP32)])
+def test_cls_alone_asks(tokens, dtype):
+    offsets = (1, -1)
+    query = random_qkv(3, 1, 2, 64, dtype, seed=1)[:, :, :, 0]
+    key_value = random_qkv(3, tokens, 2, 64, dtype)[:, :, :, 1:]
+    weight = random_qkv(3, 1, 2, 64, dtype, seed=2)[:, :, :, 0]
+
+    def run(backend):
+        return lambda q, kv: stdha_split(q, kv, offsets, backend=backend)
+
+    got = with_gradient(run("triton"), [query, key_value], weight)
+    same = with_gradient(run("reference"), [query, key_value], weight)
+    oracle = with_gradient(run("reference"), [query.double(), key_value.double()], weight)
+    assert_within_budget(got, same, oracle)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])  # fused backward; streamed and split kernels
+def test_several_clips_and_their_edges_stay_apart(dtype):
+    offsets = (-1, 2)
+    qkv = random_qkv(3, 5, 2, 64, dtype, clips=2)
+    weight = random_qkv(3, 5, 2, 64, dtype, clips=2, seed=1)[:, :, :, 0]
+    whole = with_gradient(lambda x: stdha(x, offsets, backend="triton"), [qkv], weight)
+    for clip in range(2):
+        one = slice(clip, clip + 1)
+        alone = with_gradient(
+            lambda x: stdha(x, offsets, backend="triton"), [qkv[one]], weight[one]
+        )
+        assert all(torch.equal(a[one], b) for a, b in zip(whole, alone, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_two_runs_give_the_same_bits(dtype):
+    qkv, offsets = random_qkv(3, 17, 2, 64, dtype), (1, -1)
+    weight = random_qkv(3, 17, 2, 64, dtype, seed=1)[:, :, :, 0]
+    first, second = (
+        with_gradient(lambda x: stdha(x, offsets, backend="triton"), [qkv], weight)
+        for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_keys_that_nobody_reads_get_zero_gradients():
+    qkv = random_qkv(4, 5, 1, 64, BF16)
+    weight = torch.ones_like(qkv[:, :, :, 0])
+    _, gradient = with_gradient(lambda x: stdha(x, (2,), backend="triton"), [qkv], weight)
+    assert torch.count_nonzero(gradient[:, :2, :, 1:]) == 0  # frames 0 and 1 look ahead by two
+    assert torch.count_nonzero(gradient[:, 2:, :, 2]) > 0
+
+
+def test_strided_inputs_are_read_in_place_and_unaligned_ones_copied():
+    wide = random_qkv(3, 17, 4, 64, BF16)
+    strided = wide[:, :, 1:, :, 1:3]  # no first token, two of four heads
+    shifted = random_qkv(3, 17, 2, 72, BF16)[..., :64]  # rows start at odd multiples of 8
+    for qkv, in_place in ((strided, True), (shifted, False)):
+        query = qkv[:, :, :, 0]
+        assert (stdha_launch._aligned(query) is query) == in_place
+        out = stdha(qkv, (1, -1), backend="triton")
+        assert torch.equal(out, stdha(qkv.contiguous(), (1, -1), backend="triton"))
+        weight = torch.ones_like(out)[:, :, :, :1].expand_as(out)  # a gradient without strides
+        gradients = [
+            with_gradient(lambda x: stdha(x, (1, -1), backend="triton"), [x], weight)[1]
+            for x in (qkv, qkv.contiguous())
+        ]
+        assert torch.equal(*gradients)
+
+
+def test_scale_reaches_forward_and_backward():
+    qkv, offsets = random_qkv(2, 17, 2, 64, BF16), (1, 0)
+    weight = random_qkv(2, 17, 2, 64, BF16, seed=1)[:, :, :, 0]
+    runs = (
+        with_gradient(lambda x: stdha(x, offsets, 0.3, backend="triton"), [qkv], weight),
+        with_gradient(lambda x: stdha_reference(x, offsets, 0.3), [qkv], weight),
+        with_gradient(lambda x: stdha_reference(x, offsets, 0.3), [qkv.double()], weight),
+    )
+    assert_within_budget(*runs)
+
+
+def test_large_scores_do_not_overflow():
+    for dtype in (BF16, FP32):
+        qkv = random_qkv(2, 17, 1, 64, dtype) * 30
+        weight = torch.ones_like(qkv[:, :, :, 0])
+        for x in with_gradient(lambda x: stdha(x, (1,), backend="triton"), [qkv], weight):
+            assert x.isfinite().all()
+
+
+def test_sharing_out_the_queries_of_one_head_changes_nothing(monkeypatch):
+    qkv = random_qkv(1, 197, 1, 64, BF16)
+    expected = stdha(qkv, (0,), backend="triton")
+    monkeypatch.setattr(stdha_launch, "_wanted_programs", lambda device: 3)
+    assert torch.equal(stdha(qkv, (0,), backend="triton"), expected)
+
+
+def test_segments_cover_the_keys_with_little_waste():
+    assert stdha_launch.segments(197) == ((0, 128), (128, 64), (192, 16))
+    assert stdha_launch.segments(257) == ((0, 256), (256, 16))
+    for tokens in range(1, 273):
+        pieces = stdha_launch.segments(tokens)
+        ends = [first + size for first, size in pieces]
+        assert [first for first, _ in pieces] == [0, *ends[:-1]] and len(pieces) <= 3
+        assert ends[-1] - tokens < max(16, tokens / 7)
+        assert all(end <= tokens for end in ends[:-1])  # only the last is masked
+
+
+def test_operators_are_well_formed():
+    qkv = random_qkv(2, 5, 2, 16).requires_grad_()
+    query = random_qkv(2, 1, 2, 16)[:, :, :, 0].requires_grad_()
+    key_value = random_qkv(2, 5, 2, 16)[:, :, :, 1:].requires_grad_()
+    torch.library.opcheck(stdha_op, (qkv, [1, -1], 0.25))
+    torch.library.opcheck(stdha_split_op, (query, key_value, [1, -1], 0.25))
+
+
+def test_backends_that_can_not_run_say_what_they_need(monkeypatch):
+    def refused(message, qkv, backend):
+        with pytest.raises(ValueError, match=message):
+            stdha(qkv, (0, 0), backend=backend)
+
+    refused("'triton' needs float32 or half precision: got torch.float64",
+            random_qkv(1, 5, 2, 16).double(), "triton")  # fmt: skip
+    refused(r"'triton' needs heads of \(16, 32, 64, 128\): got 24",
+            random_qkv(1, 5, 2, 24), "triton")  # fmt: skip
+    refused("'flash' needs half precision on CUDA: got torch.float32",
+            random_qkv(1, 5, 2, 16), "flash")  # fmt: skip
+    monkeypatch.setattr(sys.modules[stdha_reference.__module__], "HAS_TRITON", False)
+    refused("needs the package triton: pip install", random_qkv(1, 5, 2, 16), "triton")
+    monkeypatch.undo()
+    monkeypatch.setattr(stdha_launch, "INTERPRET", False)
+    refused("'triton' needs a CUDA device, or TRITON_INTERPRET=1", random_qkv(1, 5, 2, 16).cpu(),
+            "triton")  # fmt: skip
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the choice on a CPU")
+def test_none_chooses_sdpa_on_a_cpu_and_says_so_once(caplog):
+    _announce.cache_clear()
+    qkv = random_qkv(2, 5, 2, 16)
+    assert choose_backend(qkv) == "sdpa"
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            assert torch.equal(stdha(qkv, (1, 0)), stdha(qkv, (1, 0), backend="sdpa"))
+    assert caplog.messages == ["attention on cpu: backend sdpa"]
+
+
+def test_scale_must_be_positive():
+    with pytest.raises(ValueError, match="scale must be positive: got 0"):
+        stdha(random_qkv(1, 5, 2, 16), (0, 0), scale=0.0)
+
+
+def plain_attention(query, key, value):
+    """flash-attn's function as PyTorch has it: `[X, M, h, D]` -> `[X, M, h, D]`."""
+    out = scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)))
+    return out.transpose(1, 2)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 8])
+@pytest.mark.parametrize("offsets", [*RECIPE_OFFSETS, (9, -9, 1, -1), (2,) * 4, (0, 1, 0, -2)])
+def test_grouping_of_the_flash_backend_is_exact(frames, offsets):
+    qkv = random_qkv(frames, 5, len(offsets), 4, clips=2).double()
+    weight = torch.randn_like(qkv[:, :, :, 0])
+    query, key_value = qkv[:, :, :, 0], qkv[:, :, :, 1:]
+
+    def grouped(q, kv):
+        return stdha_flash.attend_grouped(q, kv, offsets, plain_attention)
+
+    got = with_gradient(grouped, [query, key_value], weight)
+    expected = with_gradient(
+        lambda q, kv: stdha_split(q, kv, offsets, backend="reference"), [query, key_value], weight
+    )
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_flash_backend_asks_for_views_and_once_for_all_spatial_heads():
+    qkv = random_qkv(8, 5, 12, 4, clips=2)
+    calls = []
+
+    def attend(query, key, value):
+        shared = {x.untyped_storage().data_ptr() for x in (query, key, value)}
+        assert shared == {qkv.untyped_storage().data_ptr()}
+        calls.append((query.shape[0], query.shape[2]))
+        return plain_attention(query, key, value)
+
+    query, key_value = qkv[:, :, :, 0], qkv[:, :, :, 1:]
+    stdha_flash.attend_grouped(query, key_value, (-1, 1) + (0,) * 10, attend)
+    assert calls == [(15, 1), (2, 1), (15, 1), (2, 1), (16, 10)]  # inner and edge; inner and edge
+
+
+def test_flash_backend_takes_the_newest_function_that_fits_or_says_what_to_install(monkeypatch):
+    asked = []
+
+    def find(home):
+        asked.append(home)
+        raise ImportError(home)
+
+    monkeypatch.setattr(stdha_flash, "import_module", find)
+    for major, homes in (
+        (8, ["flash_attn"]),
+        (9, ["flash_attn_interface", "flash_attn.cute", "flash_attn"]),
+        (10, ["flash_attn.cute", "flash_attn"]),
+    ):
+        asked.clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, major=major: (major, 0))
+        with pytest.raises(ValueError, match="needs the package flash-attn: pip install"):
+            stdha_flash.flash_attention(torch.device("cuda"))
+        assert asked == homes
+
+
+def test_model_runs_on_the_kernels_in_training_and_compiled_as_one_graph():
+    config = small_config("vit_b16_k400_8x16", num_frames=2, width=12 * 16, depth=2)
+    model = build(config).to(DEVICE)
+    video = torch.randn(1, 3, 2, config.image_size, config.image_size, device=DEVICE)
+    results = {}
+    for backend in ("reference", "triton"):
+        set_backend(model, backend)
+        model.zero_grad()
+        logits = model(video)
+        logits.square().sum().backward()
+        results[backend] = [logits.detach(), *(p.grad for p in model.parameters())]
+    for got, expected in zip(results["triton"], results["reference"], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(video), logits.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_unknown_backend_of_a_model_is_refused():
+    with pytest.raises(ValueError, match="backend must be one of triton, .* or None: got 'x'"):
+        set_backend(torch.nn.Identity(), "x")

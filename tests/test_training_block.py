@@ -1,0 +1,431 @@
+"""The training block against plain autograd: the same gradients from much less memory."""
+
+import dataclasses
+import gc
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import build, randomize, small_config
+from zeroi2v_kernels import adapter_linear
+from zeroi2v_kernels.adapter_linear import Dropout, dropout_mask, merging_pays
+
+from bench.baselines.naive_block import naive_block
+from bench.bench_training_block import peak_bytes
+from train.engine import end_processes, start_processes, trained_weights
+from train.job import gather_blocks_whole
+from zeroi2v.config import RECIPES, AdapterConfig, ModelConfig
+from zeroi2v.model import Block
+from zeroi2v.training_block import block_forward, can_train
+
+POLICIES = ("save", "lean", "recompute")
+
+
+def build_block(config: ModelConfig, seed: int = 0) -> Block:
+    """A frozen block with random weights, adapters trainable, in training mode."""
+    block = randomize(Block(config), seed)
+    for name, parameter in block.named_parameters():
+        parameter.requires_grad = "_adapter." in name
+    return block
+
+
+def tokens(config: ModelConfig, dtype=torch.float64, batch: int = 2, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, config.num_frames, config.num_tokens, config.width)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+def drawn_masks(block: Block, x: torch.Tensor, cls_only: bool, seed: int) -> list[torch.Tensor]:
+    """The dropout masks that the training block draws after `torch.manual_seed(seed)`."""
+    torch.manual_seed(seed)
+    drawn = torch.randint(2**62, ())
+    adapter, masks = block.attn.in_adapter, []
+    for place in range(4):
+        shape = [*x.shape[:3], adapter.down.out_features]
+        if cls_only and place:
+            shape[2] = 1
+        like = torch.empty(shape, dtype=x.dtype).flatten(0, 2)
+        masks.append(dropout_mask(like, Dropout(adapter.dropout.p, drawn, place)).view(shape))
+    return masks
+
+
+def value_and_grads(out, inputs, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, inputs, weight)]
+
+
+def trained(block: Block) -> list[torch.Tensor]:
+    return [p for p in block.parameters() if p.requires_grad]
+
+
+def assert_close(actual, expected, relative: float) -> None:
+    for a, b in zip(actual, expected, strict=True):
+        assert (a - b).abs().max() <= relative * b.abs().max()
+
+
+def run(block, x, cls_only, memory, seed=0):
+    """Output of the training block, the gradient of x and those of the adapters."""
+    block.memory = memory
+    torch.manual_seed(seed)
+    assert can_train(block, x)
+    return value_and_grads(block(x, cls_only), [x, *trained(block)])
+
+
+@pytest.mark.parametrize("memory", POLICIES)
+@pytest.mark.parametrize("cls_only", [False, True])
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_output_and_every_gradient_equal_plain_autograd(memory, cls_only, activation, dropout):
+    adapter = dict(ratio=0.25, scale=0.5, dropout=dropout)
+    config = small_config("vit_b16_k400_8x16", activation=activation, adapter=adapter)
+    block, x = build_block(config).double(), tokens(config)
+    masks = drawn_masks(block, x, cls_only, seed=3)
+    inputs = [x, *trained(block)]
+    expected = value_and_grads(naive_block(block, x, cls_only, masks), inputs)
+    assert_close(run(block, x, cls_only, memory, seed=3), expected, 1e-10)
+
+
+@pytest.mark.parametrize("memory", POLICIES)
+def test_adapters_merged_for_the_forward_change_no_gradient(memory):
+    adapter = dict(ratio=0.25, scale=0.5, dropout=0.0)
+    config = small_config("vit_b16_k400_8x16", adapter=adapter)
+    block, x = build_block(config).double(), tokens(config, batch=10)
+    rows, fc1 = x.shape[:3].numel(), block.mlp.c_fc.weight
+    assert merging_pays(rows, fc1)  # so it does for the narrower layers
+    expected = value_and_grads(naive_block(block, x), [x, *trained(block)])
+    assert_close(run(block, x, False, memory), expected, 1e-10)
+
+
+@pytest.fixture
+def on_kernels(monkeypatch):
+    """The GPU's path through the block, in Triton's interpreter."""
+    monkeypatch.setattr(adapter_linear, "uses_kernels", lambda x: True)
+
+
+@pytest.mark.parametrize(
+    "dtype, cls_only, memory",
+    [
+        (torch.float32, False, "lean"),
+        (torch.bfloat16, True, "save"),
+        *((torch.bfloat16, False, memory) for memory in POLICIES),
+    ],
+)
+def test_triton_kernels_compute_the_block_as_exactly(on_kernels, dtype, cls_only, memory):
+    config = kernel_config()
+    block = build_block(config).to(dtype)
+    exact = build_block(config)
+    exact.load_state_dict(block.state_dict())
+    exact, x = exact.double(), tokens(config, dtype, batch=1)
+    masks = drawn_masks(block, x, cls_only, seed=3)
+    exact_x = x.detach().double().requires_grad_()
+    wide_masks = [mask.double() for mask in masks]
+    oracle = value_and_grads(
+        naive_block(exact, exact_x, cls_only, wide_masks), [exact_x, *trained(exact)]
+    )
+    naive = value_and_grads(naive_block(block, x, cls_only, masks), [x, *trained(block)])
+    ours = run(block, x, cls_only, memory, seed=3)
+    for actual, reference, truth in zip(ours, naive, oracle, strict=True):
+        assert actual.dtype == reference.dtype
+        error, budget = ((t.double() - truth).abs().max() for t in (actual, reference))
+        assert error <= 2 * (budget + torch.finfo(dtype).eps * truth.abs().max())
+
+
+def test_a_float32_residual_stream_may_run_on_half_precision_kernels(on_kernels):
+    """Autocast with float32 tokens: x, the sums and the gradient of x stay in float32."""
+    config = kernel_config()
+    block = build_block(config)
+    x = tokens(config, torch.float32, batch=1)
+    masks = drawn_masks(block, x, False, seed=3)
+    expected = value_and_grads(naive_block(block, x, masks=masks), [x, *trained(block)])
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = run(block, x, False, "save", seed=3)
+    for actual, truth in zip(ours, expected, strict=True):
+        assert actual.dtype == torch.float32
+        assert (actual - truth).norm() <= 0.04 * truth.norm()  # the interpreter cuts, not rounds
+
+
+def test_block_on_kernels_is_a_well_formed_operator(on_kernels):
+    config = kernel_config()
+    block, x = build_block(config), tokens(config, torch.bfloat16, batch=1)
+    args = forward_arguments(block.bfloat16(), x, cls_only=False)
+    utilities = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(block_forward, args, test_utils=utilities)
+
+
+def kernel_config() -> ModelConfig:
+    """The narrowest model that all kernels take."""
+    return ModelConfig(
+        width=32, depth=1, num_heads=2, num_frames=2, image_size=32, patch_size=16,
+        head_offsets=(-1, 1), adapter=AdapterConfig(ratio=0.5, scale=0.5, dropout=0.3),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_offsets_of_every_recipe(recipe):
+    config = small_config(recipe)
+    block, x = build_block(config).double().eval(), tokens(config, batch=1)
+    expected = value_and_grads(naive_block(block, x), [x, *trained(block)])
+    assert_close(run(block, x, False, "save"), expected, 1e-10)
+
+
+@pytest.mark.parametrize("frames, offsets", [(1, (-1, 1)), (2, (5, -5)), (5, (3, 3)), (3, (-2, 2))])
+def test_offsets_up_to_and_beyond_the_clip(frames, offsets):
+    config = small_config("vit_b16_k400_8x16", num_frames=frames, head_offsets=offsets * 6)
+    block, x = build_block(config).double().eval(), tokens(config)
+    expected = value_and_grads(naive_block(block, x), [x, *trained(block)])
+    assert_close(run(block, x, False, "lean"), expected, 1e-10)
+
+
+@pytest.mark.parametrize("memory", POLICIES)
+def test_a_block_without_adapters_passes_gradients_on(memory):
+    config = small_config(adapter=None)
+    block, x = build_block(config).double(), tokens(config)
+    expected = value_and_grads(naive_block(block, x), [x])
+    assert_close(run(block, x, False, memory), expected, 1e-10)
+
+
+@pytest.mark.parametrize("memory", POLICIES)
+def test_a_block_whose_input_needs_no_gradient_gives_the_same_ones(memory):
+    config = small_config()
+    block, x = build_block(config), tokens(config, torch.float32)
+    _, _, *expected = run(block, x, False, memory)
+    actual = value_and_grads(block(x.detach(), False), trained(block))[1:]
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+# In what dtype the weights are, and to what autocast takes the products.
+PRECISIONS = {
+    "fp32": (torch.float32, None),
+    "bf16": (torch.bfloat16, None),
+    "autocast to bf16": (torch.float32, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("memory", POLICIES)
+@pytest.mark.parametrize("cls_only", [False, True])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_rounding_errors_are_those_of_plain_autograd(precision, cls_only, memory):
+    """Within twice the naive block's own error in the same dtype, against float64."""
+    dtype, autocast = PRECISIONS[precision]
+    config = small_config("vit_b16_k400_8x16", adapter=dict(ratio=0.25, scale=0.5, dropout=0.0))
+    block = build_block(config).to(dtype)
+    exact = build_block(config)
+    exact.load_state_dict(block.state_dict())
+    exact, x = exact.double(), tokens(config, dtype)
+    exact_x = x.detach().double().requires_grad_()
+    oracle = value_and_grads(naive_block(exact, exact_x, cls_only), [exact_x, *trained(exact)])
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        naive = value_and_grads(naive_block(block, x, cls_only), [x, *trained(block)])
+        ours = run(block, x, cls_only, memory)
+    eps = torch.finfo(autocast or dtype).eps
+    for actual, reference, truth in zip(ours, naive, oracle, strict=True):
+        assert actual.dtype == reference.dtype
+        error, budget = ((t.double() - truth).abs().max() for t in (actual, reference))
+        assert error <= 2 * (budget + eps * truth.abs().max())
+
+
+def widths_kept(block, x, make) -> float:
+    """Bytes kept by the graph of `make()`, weights aside, in widths per token of x."""
+    weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = make()
+    del out
+    return sum(storage.nbytes() for storage in kept.values()) / (x.numel() * x.element_size())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_widths_kept_for_backward_on_vit_b16(dtype):
+    config = RECIPES["vit_b16_k400_8x16"].model
+    block, x = build_block(config).to(dtype), tokens(config, dtype, batch=1)
+    block.train()
+    limits = {"save": 14, "lean": 12, "recompute": 1.5}
+    claimed = {"save": 12, "lean": 11.25, "recompute": 1.25}
+    for memory, limit in limits.items():
+        block.memory = memory
+        widths = widths_kept(block, x, lambda: block(x))
+        assert widths <= limit
+        assert widths == pytest.approx(claimed[memory], abs=0.05)  # the softmax's sums
+    assert widths_kept(block, x, lambda: naive_block(block, x)) >= 20
+    block.eval()  # without dropout
+    block.memory = "lean"
+    assert widths_kept(block, x, lambda: block(x)) == pytest.approx(11, abs=0.05)
+
+
+def test_peak_memory_of_a_step_is_a_third_in_bf16_and_two_thirds_in_fp32_of_naive_fp32():
+    """A narrow ViT-B/16: as deep, as many tokens, so that widths compare as in the wide one."""
+    config = dataclasses.replace(
+        RECIPES["vit_b16_k400_8x16"].model, width=192, num_frames=2, num_classes=4
+    )
+    model = build(config).freeze().train()
+    video = torch.randn(1, 3, 2, 224, 224)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def step():
+        torch.autograd.grad(model(video).float().sum(), parameters)
+
+    peaks = {}
+    for memory in POLICIES:
+        model.set_memory(memory)
+        peaks[memory] = peak_bytes(step)
+    for block in model.transformer.resblocks:
+        block.forward = partial(naive_block, block)
+    naive = peak_bytes(step)
+    for block in model.transformer.resblocks:
+        del block.forward
+    model.bfloat16().set_memory("lean")
+    assert peak_bytes(step) <= 0.35 * naive
+    assert peaks["recompute"] < 0.2 * naive < peaks["lean"] < peaks["save"] < 0.66 * naive
+
+
+def test_recomputing_keeps_nothing_else_alive_between_forward_and_backward():
+    """What the hooks don't see: tensors held by the operator's context, or by other outputs."""
+    config = small_config()
+    block, x = build_block(config), tokens(config, torch.float32)
+    block.memory = "recompute"
+    gc.collect()
+    before = alive()
+    out = block(x)
+    kept = sum(size for data, size in alive().items() if data not in before)
+    assert kept <= 1.25 * out.nbytes + 64  # out itself, a bottleneck, the seed
+
+
+def alive() -> dict[int, int]:
+    """Address and bytes of the storage of every tensor that Python knows."""
+    tensors = (o for o in gc.get_objects() if type(o) is torch.Tensor)
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+
+def test_a_trainable_backbone_is_trained_by_plain_autograd():
+    config = small_config(adapter=dict(ratio=0.25, scale=0.5, dropout=0.0))
+    block, x = build_block(config).double(), tokens(config)
+    block.mlp.c_fc.weight.requires_grad = True
+    assert not can_train(block, x)
+    inputs = [x, *trained(block)]
+    assert any(p is block.mlp.c_fc.weight for p in inputs)
+    expected = value_and_grads(naive_block(block, x), inputs)
+    assert_close(value_and_grads(block(x), inputs), expected, 1e-10)
+
+
+def test_nothing_is_kept_where_no_gradient_is_wanted():
+    config = small_config()
+    block, x = build_block(config).requires_grad_(False), tokens(config)
+    assert not can_train(block, x.detach())
+    with torch.no_grad():
+        assert not can_train(build_block(config), x)
+
+
+@pytest.mark.parametrize("memory", POLICIES)
+def test_same_seed_same_bits_and_another_seed_another_dropout(memory):
+    config = small_config("vit_b16_k400_8x16")
+    block, x = build_block(config), tokens(config, torch.float32)
+    one, two, other = (run(block, x, False, memory, seed) for seed in (0, 0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert not torch.equal(one[0], other[0]) and not torch.equal(one[1], other[1])
+
+
+def test_dropout_follows_the_random_state_as_resumed_runs_need():
+    config = small_config("vit_b16_k400_8x16")
+    block, x = build_block(config), tokens(config, torch.float32)
+    state = torch.get_rng_state()
+    first = block(x)
+    assert not torch.equal(first, block(x))
+    torch.set_rng_state(state)
+    assert torch.equal(first, block(x))
+
+
+@pytest.mark.parametrize("memory", POLICIES)
+def test_trains_under_compile_in_one_graph(memory):
+    config = small_config("vit_b16_k400_8x16", head_dropout=0.0)
+    model = build(config).freeze().train().set_memory(memory)
+    video = torch.randn(1, 3, config.num_frames, config.image_size, config.image_size)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (model, compiled):
+        torch.manual_seed(0)
+        results.append(value_and_grads(function(video), parameters))
+    assert_close(results[1], results[0], 1e-6)
+
+
+@pytest.mark.parametrize("memory", POLICIES)
+@pytest.mark.parametrize("cls_only", [False, True])
+def test_block_is_a_well_formed_operator(memory, cls_only):
+    config = dataclasses.replace(small_config("vit_b16_k400_8x16"), num_frames=2)
+    block, x = build_block(config), tokens(config, torch.float32, batch=1)
+    block.memory = memory
+    torch.library.opcheck(block_forward, forward_arguments(block, x, cls_only))
+
+
+def forward_arguments(block, x, cls_only) -> tuple:
+    """What a call of the block passes to its operator."""
+    calls = []
+
+    def record(*args):
+        calls.append(args)
+        return block_forward(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("zeroi2v.training_block.block_forward", record)
+        block(x, cls_only)
+    return calls[0]
+
+
+def test_an_unknown_policy_is_refused():
+    model = build(small_config())
+    with pytest.raises(ValueError, match="memory must be one of save, lean, recompute: got 'all'"):
+        model.set_memory("all")
+
+
+@pytest.mark.parametrize("memory", POLICIES)
+def test_zero_stage_3_gathers_the_weights_of_a_block_when_it_needs_them(memory, monkeypatch):
+    """Every weight is spread out between uses, small ones too."""
+    monkeypatch.setattr(F, "linear", F.linear)  # stage 3 replaces it for good
+    config = small_config("vit_b16_k400_8x16", head_dropout=0.0)
+    video = torch.randn(2, 3, config.num_frames, config.image_size, config.image_size)
+    settings = {
+        "train_micro_batch_size_per_gpu": 2,
+        "steps_per_print": 2**31,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,  # AdamW would blow rounding up
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }
+    start_processes()
+    try:
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        ends = []
+        for use_engine in (False, True):
+            model = build(config).freeze().train().set_memory(memory)
+            optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+            if use_engine:
+                gather_blocks_whole(model)
+                engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+                assert model.transformer.resblocks[0].mlp.c_fc.weight.numel() == 0
+            torch.manual_seed(0)
+            for _ in range(2):
+                if use_engine:
+                    engine.backward(engine(video).sum())
+                    engine.step()
+                else:
+                    model(video).sum().backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+            if use_engine:
+                ends.append(trained_weights(engine))
+                engine.destroy()
+            else:
+                ends.append({n: p.detach() for n, p in model.named_parameters() if p.requires_grad})
+    finally:
+        end_processes()
+    assert_close(ends[1].values(), ends[0].values(), 1e-5)

@@ -1,0 +1,303 @@
+"""What a training run is: a frozen dataclass tree, read from YAML and `section.key=value` words.
+
+    model:   {recipe: vit_b16_k400_8x16, backbone: weights/vit_b16.safetensors, num_classes: 20}
+    data:    {train_list: lists/train.txt, val_list: lists/val.txt, root: videos}
+    augment: {rand_augment_ops: 4, erasing: 0.25}          (or null: no random augmentation)
+    optim:   {batch_size: 64, micro_batch: 8}
+    run:     {dir: runs/first}
+
+Besides `recipe` and `backbone`, section `model` takes every field of `zeroi2v.config.ModelConfig`;
+they replace those of the recipe. Overrides are parsed as YAML: `model.head_offsets=[-1,1,0,0]`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from zeroi2v.config import ModelConfig, build_dataclass, recipe
+from zeroi2v.data.pipeline import AugmentConfig
+from zeroi2v.training_block import Memory
+
+# Keys that may differ between a run and its resumption: none of them changes the weights.
+FREE_ON_RESUME = {
+    "run.dir",
+    "run.resume",
+    "run.log_every",
+    "run.save_every",
+    "run.max_steps",
+    "data.workers",
+    "data.timeout",
+    "data.cache",
+}
+
+
+def _require(condition: bool, name: str, rule: str, value: Any) -> None:
+    if not condition:
+        raise ValueError(f"{name} {rule}: got {value}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSection(ModelConfig):
+    """Which model is trained, and from what it starts: a `ModelConfig` and two keys."""
+
+    recipe: str | None = None
+    """Published recipe whose model takes the place of `ModelConfig`'s defaults."""
+    backbone: str | None = None
+    """CLIP-layout image weights (native folder, .safetensors or .pt); None: random weights."""
+
+    @property
+    def video(self) -> ModelConfig:
+        """The model alone."""
+        return ModelConfig(**{f.name: getattr(self, f.name) for f in fields(ModelConfig)})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Which videos are trained on and validated on."""
+
+    train_list: str
+    """Text list, CSV, folder-per-class directory or a dataset's own list (docs/datasets)."""
+    val_list: str | None = None
+    """The same for validation; None: no validation, and no `best/`."""
+    root: str | None = None
+    """Folder that the paths of the lists start from."""
+    val_root: str | None = None
+    """The same for `val_list`; None: `root`."""
+    labels: str | None = None
+    """Text file of class names, one a line in index order; None: those of the list, if any."""
+    workers: int | None = None
+    """Processes that decode for each training process; None: sized from the machine."""
+    max_bad_fraction: float = 0.01
+    """Share of the videos that may fail to decode before the run stops."""
+    timeout: float | None = 60.0
+    """Seconds after which a video that is still being decoded counts as bad; None: no limit."""
+    manifest: str | None = None
+    """What `check_data` wrote; training videos that it knows to be bad are left out."""
+    cache: str | None = None
+    """Folder to keep whole decoded videos in, about 260 kB a frame; for small datasets."""
+    filename_tmpl: str | None = None
+    """Names of the images of videos kept as folders of them, as `img_{:05}.jpg`; None: found."""
+
+    def __post_init__(self):
+        _require(
+            self.workers is None or self.workers >= 0, "data.workers", "must be >= 0", self.workers
+        )
+        _require(
+            self.timeout is None or self.timeout > 0,
+            "data.timeout",
+            "must be positive or null",
+            self.timeout,
+        )
+        _require(
+            0 <= self.max_bad_fraction <= 1,
+            "data.max_bad_fraction",
+            "must be in [0, 1]",
+            self.max_bad_fraction,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay to zero; the defaults are the published ones."""
+
+    lr: float = 3e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the two moments."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay; embeddings and LayerNorms have none."""
+    backbone_lr_scale: float = 1.0
+    """Factor on the learning rate of everything trained but the head (0.1 for ViT-L)."""
+    epochs: int = 40
+    """Passes over the training list."""
+    warmup_epochs: float = 2.5
+    """Length of the linear warm-up, in epochs."""
+    warmup_start: float = 0.1
+    """Factor on the learning rate at the first step."""
+    label_smoothing: float = 0.0
+    """Probability spread evenly over all classes."""
+    batch_size: int = 64
+    """Clips per optimizer step, over all processes."""
+    micro_batch: int = 8
+    """Clips per forward pass of one process; the rest is gradient accumulation."""
+    clip_grad: float | None = None
+    """Largest norm of the gradient; None: not clipped."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of weights and activations; the optimizer's own copy of the weights is always fp32."""
+    memory: Memory = "save"
+    """What a block keeps for backward, in widths per token: `save` 12, `lean` 11.25 (4 % slower),
+    `recompute` 1.25 (a third slower)."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What DeepSpeed shards: 1 optimizer state, 2 gradients too, 3 weights too; 0 nothing."""
+
+    def __post_init__(self):
+        for name in ("lr", "backbone_lr_scale", "epochs", "batch_size", "micro_batch"):
+            value = getattr(self, name)
+            _require(value > 0, f"optim.{name}", "must be positive", value)
+        _require(self.weight_decay >= 0, "optim.weight_decay", "must be >= 0", self.weight_decay)
+        _require(
+            all(0 <= b < 1 for b in self.betas), "optim.betas", "must be in [0, 1)", self.betas
+        )
+        _require(
+            0 <= self.warmup_epochs < self.epochs,
+            "optim.warmup_epochs",
+            f"must be in [0, epochs = {self.epochs})",
+            self.warmup_epochs,
+        )
+        _require(
+            0 < self.warmup_start <= 1,
+            "optim.warmup_start",
+            "must be in (0, 1]",
+            self.warmup_start,
+        )
+        _require(
+            0 <= self.label_smoothing < 1,
+            "optim.label_smoothing",
+            "must be in [0, 1)",
+            self.label_smoothing,
+        )
+        _require(
+            self.clip_grad is None or self.clip_grad > 0,
+            "optim.clip_grad",
+            "must be positive or null",
+            self.clip_grad,
+        )
+        if self.precision == "bf16" and self.zero_stage == 0:
+            # DeepSpeed's bf16 at stage 0 is another algorithm: it makes an empty step at the start.
+            raise ValueError("optim.zero_stage must be 1, 2 or 3 with optim.precision bf16: got 0")
+
+    def accumulation(self, world_size: int) -> int:
+        """Forward passes of each process per optimizer step. Raises ValueError if not whole."""
+        at_once = self.micro_batch * world_size
+        if self.batch_size % at_once:
+            raise ValueError(
+                "optim.batch_size must be a multiple of optim.micro_batch times the number of "
+                f"processes: got {self.batch_size} for {self.micro_batch} x {world_size}"
+            )
+        return self.batch_size // at_once
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunOptions:
+    """Where a run keeps its files, and how often it logs, validates and saves."""
+
+    dir: str
+    """The run folder."""
+    seed: int = 0
+    """Of the initial weights, the order and augmentation of the clips, and dropout."""
+    resume: bool = False
+    """Go on from the state saved in `dir`."""
+    log_every: int = 10
+    """Optimizer steps between progress lines."""
+    val_every: int = 1
+    """Epochs between validations; the last epoch is always validated."""
+    save_every: int | None = None
+    """Optimizer steps between saves, besides those at the end of each epoch."""
+    max_steps: int | None = None
+    """Stop and save after this many optimizer steps; the schedule stays that of all epochs."""
+
+    def __post_init__(self):
+        for name in ("log_every", "val_every", "save_every", "max_steps"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"run.{name}", "must be at least 1", value)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """A whole training run."""
+
+    model: ModelSection
+    data: DataConfig
+    augment: AugmentConfig | None = field(default_factory=AugmentConfig)
+    """Random augmentation of training clips; None: none at all."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunOptions
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers, as `load_config` reads them back."""
+        return asdict(self)
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Reads the YAML file at `path`, applies `section.key=value` overrides and checks everything.
+
+    Raises:
+        ValueError: malformed YAML or override, unknown key, wrong type, or a broken rule.
+        OSError: no such file.
+    """
+    values = _parse(Path(path).read_text(encoding="utf-8"), str(path))
+    if not isinstance(values, dict):
+        raise ValueError(f"config must be a mapping of sections: got {path}")
+    for override in overrides:
+        _override(values, override)
+    values = {k: {} if v is None and k != "augment" else v for k, v in values.items()}
+    model = values.setdefault("model", {})
+    if isinstance(model, dict) and model.get("recipe") is not None:
+        values["model"] = _merged(recipe(str(model["recipe"])).model.to_dict(), model)
+    return build_dataclass(RunConfig, values)
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """The keys that keep `new` from continuing a run of `old`, as `key: old -> new`."""
+    old_values, new_values = _flat(old.to_dict()), _flat(new.to_dict())
+    return [
+        f"{key}: {old_values.get(key)} -> {new_values.get(key)}"
+        for key in sorted(old_values | new_values)
+        if key not in FREE_ON_RESUME and old_values.get(key) != new_values.get(key)
+    ]
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `over` on top, mapping by mapping."""
+    out = dict(base)
+    for key, value in over.items():
+        below = base.get(key)
+        both = isinstance(below, dict) and isinstance(value, dict)
+        out[key] = _merged(below, value) if both else value
+    return out
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """Sets one `section.key=value` in `values`."""
+    path, equals, text = override.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise ValueError(f"override must read section.key=value: got {override!r}")
+    for key in keys[:-1]:
+        if values.get(key) is None:
+            values[key] = {}
+        values = values[key]
+        if not isinstance(values, dict):
+            raise ValueError(f"override {override!r} must name a key: {key} has no parts")
+    values[keys[-1]] = _parse(text, override)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `3e-4` as text, for want of a dot; here it is a number."""
+
+
+_Loader.yaml_implicit_resolvers = dict(yaml.SafeLoader.yaml_implicit_resolvers)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source} must be valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = isinstance(value, dict) and value
+        flat |= _flat(value, f"{where}{key}.") if inner else {f"{where}{key}": value}
+    return flat

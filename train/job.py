@@ -1,0 +1,149 @@
+"""What happens before a run starts: all its input is read and checked, its parts are made."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from train.config import RunConfig, differences, load_config
+from train.engine import cores_per_process, read_record, say
+from zeroi2v.checkpoint import load_backbone
+from zeroi2v.data.annotations import Sample, class_names, read_list
+from zeroi2v.data.manifest import known_bad_files
+from zeroi2v.data.pipeline import ClipLoader, check_bad_files
+from zeroi2v.model import Block, VideoViT
+
+
+@dataclass
+class Job:
+    """A run whose input has been checked, ready to start."""
+
+    config: RunConfig
+    device: torch.device
+    model: VideoViT
+    loader: ClipLoader
+    val_loader: ClipLoader | None
+    samples: list[Sample]
+    val_samples: list[Sample]
+    record: dict[str, Any] | None
+    """Of the state to resume from; None for a new run."""
+
+
+def prepare(config: RunConfig, device: torch.device) -> Job:
+    """Checks all input before work starts, and says what is decided from it."""
+    data, optim = config.data, config.optim
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    accumulation = optim.accumulation(world_size)
+    read = partial(
+        read_list, num_classes=config.model.num_classes, filename_tmpl=data.filename_tmpl
+    )
+    samples, known_bad = read(data.train_list, data.root), {}
+    if data.manifest is not None:
+        known_bad = known_bad_files(samples, data.manifest, data.root)
+        check_bad_files(known_bad, len(samples), data.max_bad_fraction)
+        samples = [sample for sample in samples if sample.path not in known_bad]
+    val_samples = []
+    if data.val_list is not None:
+        val_root = data.root if data.val_root is None else data.val_root
+        val_samples = read(data.val_list, val_root)
+    video = replace(config.model.video, labels=class_labels(config))
+    workers = default_workers(device) if data.workers is None else data.workers
+    common = dict(
+        batch_size=optim.micro_batch,
+        rank=rank,
+        world_size=world_size,
+        workers=workers,
+        device=str(device),
+        seed=config.run.seed,
+        timeout=data.timeout,
+        cache=data.cache,
+    )
+    loader = ClipLoader(
+        samples, video, mode="train", augment=config.augment, accumulation=accumulation, **common
+    )
+    val_loader = ClipLoader(val_samples, video, mode="val", **common) if val_samples else None
+    torch.manual_seed(config.run.seed)
+    model = VideoViT(video)
+    if config.model.backbone is not None:
+        load_backbone(model, config.model.backbone)
+    model.freeze()
+    record = check_run_dir(config, world_size)  # last, since it makes the folder
+    if record is not None:
+        torch.set_num_threads(record["threads"])  # sums over other parts round differently
+    model.set_memory(optim.memory)
+    if optim.zero_stage == 3:
+        gather_blocks_whole(model)
+
+    steps = optim.epochs * loader.steps_per_epoch
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    say(f"backbone    {config.model.backbone or 'NONE: random weights (model.backbone is null)'}")
+    say(f"parameters  {trainable:,} trained, {total - trainable:,} frozen")
+    left_out = f" ({len(known_bad)} bad ones left out)" if known_bad else ""
+    say(f"videos      {len(samples)} to train on{left_out}, {len(val_samples)} to validate on")
+    say(
+        f"batch       {optim.batch_size} clips = {optim.micro_batch} x {world_size} processes "
+        f"x {accumulation} accumulated"
+    )
+    say(
+        f"schedule    {steps} steps = {optim.epochs} epochs x {loader.steps_per_epoch}, "
+        f"warm-up {round(optim.warmup_epochs * loader.steps_per_epoch)}, peak lr {optim.lr:g}"
+    )
+    say(
+        f"machine     {device.type}, {optim.precision}, ZeRO stage {optim.zero_stage}, "
+        f"{torch.get_num_threads()} threads and {workers} decoding workers for each process"
+    )
+    return Job(config, device, model, loader, val_loader, samples, val_samples, record)
+
+
+def gather_blocks_whole(model: VideoViT) -> None:
+    """Makes ZeRO stage 3 gather a block's weights all at once, since so the block uses them."""
+    from deepspeed.utils import set_z3_leaf_modules
+
+    set_z3_leaf_modules(model, [Block])
+
+
+def check_run_dir(config: RunConfig, world_size: int) -> dict[str, Any] | None:
+    """Makes sure that `run.dir` can take the run; returns the record of the state to resume."""
+    folder, record = Path(config.run.dir), None
+    if config.run.resume:
+        record = read_record(folder / "state")
+        changed = differences(load_config(folder / "config.yaml"), config)
+        if changed:
+            raise ValueError(f"run.resume needs the config of {folder}: got {'; '.join(changed)}")
+        if record["world_size"] != world_size:
+            raise ValueError(
+                f"run.resume needs as many processes as {folder}, {record['world_size']}: "
+                f"got {world_size}"
+            )
+    elif any((folder / name).exists() for name in ("config.yaml", "state", "log.jsonl")):
+        raise ValueError(f"run.dir must hold no run, unless run.resume=true: got {folder}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"run.dir must be writable: got {folder} ({error.strerror})") from None
+    return record
+
+
+def class_labels(config: RunConfig) -> tuple[str, ...]:
+    """Names of the classes: of the model's config, of a file, of the list itself, or none."""
+    if config.model.labels:
+        return config.model.labels
+    if config.data.labels is not None:
+        lines = Path(config.data.labels).read_text(encoding="utf-8").splitlines()
+        return tuple(line.strip() for line in lines if line.strip())
+    return class_names(config.data.train_list)
+
+
+def default_workers(device: torch.device) -> int:
+    """Decoding processes for each training process: most of its cores if a GPU does the rest."""
+    cores = cores_per_process()
+    return max(1, cores - 1) if device.type == "cuda" else cores // 4

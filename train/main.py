@@ -1,0 +1,314 @@
+"""Trains a video classifier: the whole run, from top to bottom.
+
+    deepspeed train/main.py --config train/configs/vit_b16_k400_8x16.yaml [section.key=value …]
+    torchrun --nproc_per_node 8 train/main.py --config …
+    python train/main.py --config …            (one process)
+
+Everything it writes is in `run.dir`: `config.yaml`, `log.jsonl`, `tensorboard/`, `state/` (to
+resume from), `last/` and `best/` (models), `bad_files.txt`, `eval.json`, `plots/`. Ctrl-C and
+SIGTERM save and stop; `run.resume=true` goes on to the very weights an unbroken run reaches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import signal
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from a checkout
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import yaml
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from train.config import load_config
+from train.engine import (
+    StopSignals,
+    build_engine,
+    checksum,
+    end_processes,
+    gather,
+    load_state,
+    save_state,
+    say,
+    seed_dropout,
+    start_processes,
+    together,
+    trained_weights,
+)
+from train.job import Job, prepare
+from train.log import RunLog, cut_log, draw_plots
+from zeroi2v.checkpoint import write_whole
+from zeroi2v.cli import run
+from zeroi2v.data.pipeline import Batch, ClipLoader, check_bad_files
+from zeroi2v.evaluate import metrics, predict_views
+from zeroi2v.model import VideoViT
+
+
+def main(argv: list[str]) -> None:
+    """Parses `argv` and trains. Raises ValueError or OSError on bad input, SystemExit on a stop."""
+    parser = argparse.ArgumentParser(
+        prog="train/main.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="YAML file, as in train/configs/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="parsed as YAML")
+    parser.add_argument("--local_rank", "--local-rank", help="set by launchers; not needed")
+    args = parser.parse_intermixed_args(argv)
+    device = start_processes()
+    try:
+        config = together(lambda: load_config(args.config, args.overrides))
+        job = together(lambda: prepare(config, device))
+        with StopSignals() as signals:
+            status = train(job, signals)
+            dist.barrier()
+    finally:
+        end_processes()
+    if status:
+        sys.exit(status)
+
+
+@dataclass
+class Progress:
+    """How far a run has come; saved with its state."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    validated: int = 0
+    """Step of the last validation."""
+    top1: float | None = None
+    """Its accuracy in percent."""
+    best_top1: float | None = None
+    """Accuracy of the model in `best/`."""
+    best_step: int = 0
+    """Step of the model in `best/`."""
+    bad_files: dict[str, dict[str, str]] = field(default_factory=lambda: {"train": {}, "val": {}})
+    """For "train" and "val": path -> reason of every video that could not be decoded."""
+
+
+def train(job: Job, signals: StopSignals) -> int:
+    """Runs `job` to its end, to a signal or to `run.max_steps`; returns the exit status."""
+    config, optim, device = job.config, job.config.optim, job.device
+    folder, is_first, started = Path(config.run.dir), dist.get_rank() == 0, time.time()
+    steps_per_epoch = job.loader.steps_per_epoch
+    total_steps = optim.epochs * steps_per_epoch
+    last_step = min(total_steps, config.run.max_steps or total_steps)
+    accumulation = optim.accumulation(dist.get_world_size())
+    dtype = torch.bfloat16 if optim.precision == "bf16" else torch.float32
+
+    # What a resumed run must find unchanged, beside its config.
+    frozen = {n: p for n, p in job.model.named_parameters() if not p.requires_grad}
+    samples = "\n".join(repr(sample) for sample in job.samples)
+    identity = {
+        "model.backbone": checksum(frozen),
+        "data.train_list": zlib.crc32(samples.encode()),
+    }
+    # Models are saved from an fp32 twin: the engine's weights may be bf16 and spread out.
+    twin = copy.deepcopy(job.model) if is_first else None
+    engine = build_engine(job.model, optim, steps_per_epoch)
+    seed_dropout(config.run.seed)
+    progress = Progress()
+    if job.record is not None:
+        together(lambda: check_identity(job.record["identity"], identity))
+        together(lambda: load_state(engine, folder / "state", job.record))
+        progress = Progress(**job.record["progress"])
+        say(f"resumed     after step {progress.step}")
+    log = None
+    if is_first:
+        write_whole(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+        cut_log(folder, progress.step, progress.validated)
+        log = RunLog(folder, steps_per_epoch, optim.epochs, config.run.log_every)
+
+    def save() -> None:
+        """Writes `last/`, and `state/` to resume from."""
+        weights = trained_weights(engine)
+        if is_first:
+            save_model(twin, weights, folder / "last")
+        record = {
+            "step": progress.step,
+            "validated": progress.validated,
+            "world_size": dist.get_world_size(),
+            "threads": torch.get_num_threads(),
+            "identity": identity,
+            "trained": checksum(weights),
+            "progress": asdict(progress),
+        }
+        save_state(engine, folder / "state", record)
+
+    def validate() -> int:
+        """Measures accuracy; writes `eval.json`, and `best/` if it is the best so far.
+
+        Returns 0, or the signal that cut it short; the state is saved already then.
+        """
+        parts = gather((predict(engine.module, job, dtype, signals), signals.received))
+        if any(part is None for part, _ in parts):
+            return max(received for _, received in parts)
+        index, probs = (torch.cat(part) for part in zip(*(p for p, _ in parts), strict=True))
+        labels = torch.tensor([sample.label for sample in job.val_samples])[index]
+        report_bad_files("val", job.val_loader, len(job.val_samples))
+        figures = together(lambda: metrics(probs, labels))
+        progress.validated, progress.top1 = progress.step, figures["top1"]
+        improved = progress.best_top1 is None or progress.top1 > progress.best_top1
+        if improved:
+            progress.best_top1, progress.best_step = progress.top1, progress.step
+            weights = trained_weights(engine)
+        if is_first:
+            if improved:
+                save_model(twin, weights, folder / "best")
+            log.validation(progress.step, **{k: figures[k] for k in ("top1", "top5", "mean_class")})
+            best = {"best_step": progress.best_step, "best_top1": progress.best_top1}
+            text = json.dumps({"step": progress.step, **best, **figures})
+            write_whole(folder / "eval.json", text + "\n")
+        best = f"best {progress.best_top1:.2f} after step {progress.best_step}"
+        say(f"validation  top-1 {progress.top1:.2f} % after step {progress.step} ({best})")
+        return 0
+
+    def report_bad_files(kind: str, loader: ClipLoader, total: int) -> None:
+        """Names each undecodable video once; too many of them end the run."""
+        known = progress.bad_files[kind]
+        found = {path: reason for part in gather(loader.bad_files) for path, reason in part.items()}
+        new = {path: reason for path, reason in found.items() if path not in known}
+        known |= new
+        for number, reason in enumerate(new.values(), len(known) - len(new) + 1):
+            say(f"bad file    {reason} ({kind}: {number} of {total} videos)")
+        if new and is_first:
+            lines = [f"{k}: {r}\n" for k, bad in progress.bad_files.items() for r in bad.values()]
+            write_whole(folder / "bad_files.txt", "".join(lines))
+        together(lambda: check_bad_files(known, total, config.data.max_bad_fraction))
+
+    saved_step, num_bad, stop = progress.step, 0, 0
+    batches = micro_batches(job.loader, progress.step, signals)
+    while True:
+        epoch, rest = divmod(progress.step, steps_per_epoch)
+        done = progress.step >= last_step
+        save_due = rest == 0 or progress.step % (config.run.save_every or total_steps) == 0
+        if (save_due or done or stop) and saved_step != progress.step:
+            save()
+            saved_step = progress.step
+        if stop:
+            break
+        val_due = progress.step == total_steps or (rest == 0 and epoch % config.run.val_every == 0)
+        if job.val_loader is not None and val_due and progress.validated < progress.step:
+            stop = validate()
+            if stop:
+                break
+            save()
+        if done:
+            break
+
+        begun, waited = time.perf_counter(), 0.0
+        lr, loss_sum = max(engine.get_lr()), torch.zeros((), device=device)
+        for _ in range(accumulation):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            video = batch.video.squeeze(1).to(device, dtype, non_blocking=True)
+            label = batch.label.to(device, non_blocking=True)
+            logits = engine(video).float()
+            loss = F.cross_entropy(logits, label, label_smoothing=optim.label_smoothing)
+            engine.backward(loss)
+            engine.step()  # updates the weights after the last of them
+            loss_sum += loss.detach()
+        progress.step += 1
+        loss, stop, bad = share(loss_sum / accumulation, signals, job.loader)
+        if not math.isfinite(loss):
+            together(partial(refuse_loss, progress.step, loss))
+        if bad != num_bad:
+            report_bad_files("train", job.loader, len(job.samples))
+            num_bad = bad
+        if log is not None:
+            seconds = time.perf_counter() - begun
+            log.step(progress.step, optim.batch_size, loss=loss, lr=lr, seconds=seconds,
+                     waited=waited)  # fmt: skip
+    batches.close()
+    engine.destroy()
+    finished = progress.step == total_steps and not stop
+    if not finished:
+        say(f"stopped     after step {progress.step} of {total_steps}, saved: "
+            "go on with the same command and run.resume=true")  # fmt: skip
+    if is_first:
+        log.close()
+        if not stop:  # who sends a signal is in a hurry
+            draw_plots(folder)
+        summary = {"steps": progress.step, "finished": finished, "top1": progress.top1,
+                   "best_top1": progress.best_top1, "seconds": round(time.time() - started, 1),
+                   "dir": str(folder)}  # fmt: skip
+        print(json.dumps(summary), flush=True)
+    return 128 + stop if stop else 0
+
+
+def share(loss: Tensor, signals: StopSignals, loader: ClipLoader) -> tuple[float, int, int]:
+    """Mean loss, signal to stop at (or 0) and number of bad files, over all processes."""
+    received = [signals.received == number for number in (signal.SIGINT, signal.SIGTERM)]
+    mine = torch.tensor([0.0, *received, len(loader.bad_files)], dtype=torch.float64)
+    mine = mine.to(loss.device)
+    mine[0] = loss
+    dist.all_reduce(mine)
+    total, interrupted, terminated, bad = mine.tolist()
+    stop = signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0
+    return total / dist.get_world_size(), int(stop), int(bad)
+
+
+def predict(
+    model: nn.Module, job: Job, dtype: torch.dtype, signals: StopSignals
+) -> tuple[Tensor, Tensor] | None:
+    """`predict_views` of this process's part of the validation list; None if a signal came."""
+
+    def progress(count: int) -> None:
+        bar.update(count * dist.get_world_size())
+        if signals.received:
+            raise InterruptedError
+
+    with tqdm(total=len(job.val_samples), desc="validation", disable=None, leave=False) as bar:
+        try:
+            with signals.not_for_children():
+                return predict_views(model, job.val_loader, job.device, dtype, progress)
+        except InterruptedError:
+            return None
+
+
+def micro_batches(loader: ClipLoader, step: int, signals: StopSignals) -> Iterator[Batch]:
+    """The batches of `loader` from optimizer step `step` on, epoch after epoch."""
+    while True:
+        epoch, start = divmod(step, loader.steps_per_epoch)
+        batches = loader.epoch(epoch, start_step=start)
+        while True:
+            with signals.not_for_children():
+                batch = next(batches, None)
+            if batch is None:
+                break
+            yield batch
+        step = (epoch + 1) * loader.steps_per_epoch
+
+
+def save_model(twin: VideoViT, weights: dict[str, Tensor], folder: Path) -> None:
+    """Saves `twin` with the trained `weights` in it as a native folder."""
+    twin.load_state_dict(weights, strict=False)
+    twin.save_pretrained(folder)
+
+
+def check_identity(saved: dict[str, int], now: dict[str, int]) -> None:
+    """Raises ValueError that names what is no longer as it was when the run was saved."""
+    for key, value in saved.items():
+        if now[key] != value:
+            raise ValueError(f"{key} must be what the saved run used: its content has changed")
+
+
+def refuse_loss(step: int, loss: float) -> None:
+    """Raises ValueError: training has diverged."""
+    raise ValueError(f"loss must be finite: got {loss} at step {step}; try a lower optim.lr")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,195 @@
+"""`python -m zeroi2v.check_data LIST --root DIR --out MANIFEST`: is a dataset fit to train on?
+
+Decodes every video in parallel and writes what it finds as JSON lines. Started again, it goes on
+where it was stopped and looks again only at what has changed. Names bad files, suspicious labels,
+and videos that stand twice in a list or in both the training and the validation list.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from pathlib import Path
+
+from tqdm import tqdm
+
+from zeroi2v.cli import run
+from zeroi2v.data.annotations import Sample, class_names, read_list
+from zeroi2v.data.manifest import (
+    VideoFacts,
+    inspect_video,
+    manifest_line,
+    manifest_name,
+    read_manifest,
+)
+
+
+def main(argv: list[str]) -> None:
+    """Checks the lists `argv` names. Raises ValueError or OSError on bad input or bad data."""
+    parser = argparse.ArgumentParser(
+        prog="python -m zeroi2v.check_data",
+        description="Decodes every video of a list and says what is wrong with it or its labels.",
+    )
+    parser.add_argument("list", help="text list, CSV, folder per class or a dataset's own list")
+    parser.add_argument("--root", help="folder the list's paths are relative to")
+    parser.add_argument("--out", required=True, help="manifest to write (JSON lines) or go on with")
+    parser.add_argument("--val", metavar="LIST", help="a second list, that must share no video")
+    parser.add_argument("--val-root", help="folder of its paths (default: that of --root)")
+    parser.add_argument("--num-classes", type=int, help="classes there should be")
+    parser.add_argument("--workers", type=int, help="processes (default: one for each core)")
+    parser.add_argument("--timeout", type=float, default=60, help="seconds a video (default: 60)")
+    args = parser.parse_args(argv)
+    workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
+    if workers < 1:
+        raise ValueError(f"--workers must be at least 1: got {workers}")
+    if not args.timeout > 0:
+        raise ValueError(f"--timeout must be positive: got {args.timeout}")
+
+    train = read_list(args.list, args.root)
+    val_root = args.root if args.val_root is None else args.val_root
+    val = read_list(args.val, val_root) if args.val else []
+    names = {sample.path: manifest_name(sample.path, args.root) for sample in train}
+    names |= {s.path: manifest_name(s.path, val_root) for s in val if s.path not in names}
+    classes = args.num_classes or len(class_names(args.list)) or None
+
+    problems = label_problems(train, classes)
+    if val:
+        problems += [f"--val: {text}" for text in label_problems(val, classes)]
+    rows = scan(names, Path(args.out), workers, args.timeout)
+    bad = [f"{path}: {rows[path].error}" for path in names if rows[path].error]
+    for text in bad:
+        print(f"bad file    {text}")
+    problems += duplicates(train, val, rows)
+    for text in problems:
+        print(f"problem     {text}")
+    frames = sum(rows[path].frames or 0 for path in names)
+    print(f"videos      {len(names)} with {frames} frames, of them {len(bad)} bad")
+    print(f"written     {args.out}")
+    if bad or problems:
+        raise ValueError(f"found {len(bad)} bad files and {len(problems)} other problems")
+
+
+def scan(names: dict[str, str], out: Path, workers: int, timeout: float) -> dict[str, VideoFacts]:
+    """Facts of each path of `names` (path -> name in the manifest), from and into file `out`."""
+    known = read_manifest(out) if out.exists() else {}
+    rows = {}
+    for path, name in names.items():
+        if name in known and _is_unchanged(path, known[name]):
+            rows[path] = known[name]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # What is kept of an earlier scan comes first; a line that was cut short is gone by that.
+    kept = known | {rows[path].path: rows[path] for path in rows}
+    temporary = out.with_name(f".{out.name}.tmp")
+    temporary.write_text("".join(map(manifest_line, kept.values())), encoding="utf-8")
+    os.replace(temporary, out)
+    todo = [(path, name, timeout) for path, name in names.items() if path not in rows]
+    bar = tqdm(total=len(names), initial=len(rows), desc="check", unit="video", disable=None)
+    with bar, open(out, "a", encoding="utf-8", buffering=1) as file:
+        for path, facts in _inspect_all(todo, workers):
+            rows[path] = facts
+            file.write(manifest_line(facts))
+            bar.update()
+    return rows
+
+
+def _is_unchanged(path: str, facts: VideoFacts) -> bool:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return False
+    return (status.st_size, status.st_mtime_ns) == (facts.size, facts.mtime_ns)
+
+
+def _inspect_all(todo: list[tuple], workers: int) -> Iterator[tuple[str, VideoFacts]]:
+    """Results in the order they are found. A file that kills its process is a bad one."""
+    rest = iter(todo)
+    crashed: list[tuple] = []
+    while True:
+        running: dict[Future, tuple] = {}
+        with _pool(workers) as pool:
+            try:
+                while True:
+                    for job in islice(rest, 2 * workers - len(running)):
+                        running[pool.submit(inspect_video, *job)] = job
+                    if not running:
+                        break
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        facts = future.result()
+                        yield running.pop(future)[0], facts
+            except BrokenProcessPool:
+                crashed = list(running.values())
+        if not running:
+            return
+        for job in crashed:  # one of them did it: each has a process of its own now
+            with _pool(1) as pool:
+                try:
+                    facts = pool.submit(inspect_video, *job).result()
+                except BrokenProcessPool:
+                    facts = VideoFacts(job[1], error="crashes the decoder")
+            yield job[0], facts
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+
+
+def label_problems(samples: list[Sample], num_classes: int | None) -> list[str]:
+    """What looks wrong with the labels of a list."""
+    counts: dict[int, int] = defaultdict(int)
+    for sample in samples:
+        counts[sample.label] += 1
+    low, high, problems = min(counts), max(counts), []
+    if num_classes is not None and high >= num_classes:
+        problems.append(f"labels must be below {num_classes}: got {high}")
+    size = high + 1 if num_classes is None else num_classes
+    missing = [label for label in range(size) if label not in counts]
+    if low == 1 and (high == len(counts) or high == num_classes):
+        problems.append(f"labels go from 1 to {high}: they should count from 0")
+    elif missing:
+        problems.append(f"{len(missing)} of {size} labels have no video: {_some(missing)}")
+    return problems
+
+
+def duplicates(train: list[Sample], val: list[Sample], rows: dict[str, VideoFacts]) -> list[str]:
+    """What stands twice: by path and part within a list, by path or content between the lists."""
+    problems = []
+    for kind, samples in (("", train), ("--val: ", val)):
+        parts: dict[tuple, set[int]] = defaultdict(set)
+        twice = []
+        for sample in samples:
+            part = (sample.path, sample.start, sample.end, sample.span)
+            if part in parts:
+                twice.append(sample.path)
+            parts[part].add(sample.label)
+        several = [part[0] for part, labels in parts.items() if len(labels) > 1]
+        if twice:
+            problems.append(f"{kind}{len(twice)} videos stand twice: {_some(twice)}")
+        if several:
+            problems.append(f"{kind}{len(several)} videos have several labels: {_some(several)}")
+    paths = {sample.path for sample in train}
+    by_hash = {rows[path].sha256: path for path in paths if rows[path].sha256}
+    shared = []
+    for path in dict.fromkeys(sample.path for sample in val):
+        if path in paths:
+            shared.append(path)
+        elif rows[path].sha256 in by_hash:
+            shared.append(f"{path} (= {by_hash[rows[path].sha256]})")
+    if shared:
+        problems.append(f"{len(shared)} videos are in both lists: {_some(shared)}")
+    return problems
+
+
+def _some(items: Iterable) -> str:
+    items = list(items)
+    return ", ".join(map(str, items[:5])) + (", …" if len(items) > 5 else "")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

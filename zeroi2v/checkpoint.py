@@ -1,0 +1,258 @@
+"""Models on disk: a native folder of `config.json`, `model.safetensors` and a model card.
+
+Loading is strict and executes nothing: a missing, unexpected or wrongly shaped tensor, or a config
+that contradicts the tensors, is an error that names it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from zeroi2v.card import ORIGINS, model_card
+from zeroi2v.config import ModelConfig
+from zeroi2v.model import VideoViT
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+
+# Tensors of a CLIP visual tower that a video classifier has no use for.
+_UNUSED_CLIP_TENSORS = ("proj",)
+
+
+def save(model: VideoViT, folder: str | Path, extra_files: dict[str, str] | None = None) -> None:
+    """Writes `model` to `folder`, which then holds it whole or is left as it was.
+
+    Args:
+        model: adapted, merged or plain.
+        folder: made if needed; an older model in it is replaced, any other content refused.
+        extra_files: text files to put beside the model, by name; the card tells what is in those
+            of `card.ORIGINS`.
+
+    Raises:
+        ValueError: `folder` holds something other than a model.
+        OSError: it can't be written.
+    """
+    folder = check_output_folder(folder)
+    state = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+    }
+    config = {"format": "zeroi2v", "model": model.config.to_dict()}
+    card = model_card(model.config, extra_files or {})
+    files = {CONFIG: json.dumps(config, indent=2), CARD: card, **(extra_files or {})}
+    with replacing(folder) as temporary:
+        save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
+        for name, text in files.items():
+            (temporary / name).write_text(text + "\n", encoding="utf-8")
+
+
+def fetch(name: str | Path, **download) -> Path:
+    """`name` itself if it is a local path, else the hub's model of that name, downloaded.
+
+    The network is used only for a name of the form `owner/model` of which nothing exists here:
+    neither the path nor a folder `owner`.
+
+    Raises:
+        FileNotFoundError: neither a folder nor a hub name.
+        OSError: the hub has no such model, or can't be reached.
+    """
+    path = Path(name)
+    remote = re.fullmatch(r"[\w.-]+/[\w.-]+", os.fspath(name)) and not path.parent.exists()
+    if path.exists() or not remote:
+        return path
+    from huggingface_hub import snapshot_download
+
+    files = [CONFIG, WEIGHTS, CARD, *ORIGINS]
+    return Path(snapshot_download(str(name), allow_patterns=files, **download))
+
+
+def load(folder: str | Path) -> VideoViT:
+    """The model in `folder`, on the CPU, in its saved dtype and in eval mode.
+
+    Raises:
+        OSError: no such folder or file.
+        ValueError: a file is damaged, or the config contradicts the tensors.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    state = _read_tensors(folder / WEIGHTS)
+    with torch.device("meta"):
+        model = VideoViT(config)
+    check_state(state, dict(model.state_dict()), f"{folder / WEIGHTS}")
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+    """The `ModelConfig` in `folder`'s `config.json`. Raises as `load`."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"model folder not found: {folder}")
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no model: {CONFIG} is missing")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON: {error}") from None
+    if not isinstance(values, dict) or values.get("format") != "zeroi2v":
+        raise ValueError(f'{path} must have "format": "zeroi2v"')
+    try:
+        return ModelConfig.from_dict(values.get("model"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def model_folder(path: str | Path) -> Path:
+    """`path` itself if it is a native folder, or the best (else last) model of a run folder."""
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"model folder not found: {path}")
+    for candidate in (path, path / "best", path / "last"):
+        if (candidate / CONFIG).is_file():
+            return candidate
+    raise FileNotFoundError(f"{path} is neither a model folder nor a run folder: no {CONFIG} in it")
+
+
+def load_backbone(model: VideoViT, path: str | Path) -> None:
+    """Fills the image backbone of `model` from CLIP-layout weights; the rest keeps its values.
+
+    Args:
+        model: any `VideoViT`; its adapters, `temporal_embedding` and `head` are not touched.
+        path: a native folder, or a `.safetensors` or `.pt`/`.pth` file that holds a state dict of
+            CLIP's visual tower, with or without the prefix `visual.` (other towers are ignored).
+
+    Raises:
+        OSError: no such file.
+        ValueError: unreadable, or a backbone tensor is missing, unexpected or of another shape.
+    """
+    path = Path(path)
+    if path.is_dir():
+        folder = model_folder(path)
+        theirs, ours = read_config(folder), model.config
+        if theirs.adapter is not None:
+            raise ValueError(f"backbone {path} must have no adapters: merge it first")
+        for name in ("num_heads", "activation", "patch_size"):
+            if getattr(theirs, name) != getattr(ours, name):
+                raise ValueError(
+                    f"backbone {path} has {name} {getattr(theirs, name)!r}, "
+                    f"the model {getattr(ours, name)!r}"
+                )
+        path = folder / WEIGHTS
+    state = _read_tensors(path)
+    if any(name.startswith("visual.") for name in state):
+        state = {n.removeprefix("visual."): t for n, t in state.items() if n.startswith("visual.")}
+    added = ("temporal_embedding", "head.")
+    state = {
+        name: tensor
+        for name, tensor in state.items()
+        if not name.startswith(added) and name not in _UNUSED_CLIP_TENSORS
+    }
+    own = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(added) and "_adapter." not in name
+    }
+    check_state(state, own, f"backbone {path}")
+    model.load_state_dict(state, strict=False)
+
+
+def check_output_folder(folder: str | Path) -> Path:
+    """`folder` as a Path, its parent made and proven writable. Raises as `save`."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output must be a folder: got the file {folder}")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
+        raise ValueError(f"output folder must be empty or hold a model: got {folder}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder.parent):
+            pass
+    except OSError as error:
+        raise OSError(f"output folder can't be written: {folder} ({error.strerror})") from None
+    return folder
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its place when the block ends without error."""
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    temporary.chmod(0o755)
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+            os.replace(folder, old)
+            os.replace(temporary, folder)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, path)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors` file or of a pickled state dict, read without executing."""
+    if not path.is_file():
+        raise FileNotFoundError(f"weights file not found: {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols: the error says enough
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file makes the readers raise nearly anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"weights file can't be read: {path} ({reason})") from None
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise ValueError(f"weights file must hold a state dict of tensors: {path}")
+    return state
+
+
+def check_state(state: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> None:
+    """Raises ValueError unless `state` has the names and shapes of `expected`, and floats."""
+    if missing := [name for name in expected if name not in state]:
+        raise ValueError(f"{where} lacks {_some(missing)}, which its config asks for")
+    if unexpected := [name for name in state if name not in expected]:
+        raise ValueError(f"{where} holds {_some(unexpected)}, which its config has no place for")
+    for name, tensor in expected.items():
+        if state[name].shape != tensor.shape:
+            raise ValueError(
+                f"{where}: {name} has shape {list(state[name].shape)}, "
+                f"its config asks for {list(tensor.shape)}"
+            )
+        if not state[name].is_floating_point():
+            raise ValueError(f"{where}: {name} must be floating point: got {state[name].dtype}")
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

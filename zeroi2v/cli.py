@@ -1,0 +1,51 @@
+"""The `zeroi2v` command: every verb is also `python -m zeroi2v.<verb>`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+
+VERBS = {
+    "check_data": "decode a dataset's videos and say what is wrong with them",
+    "convert": "turn a foreign model or config into ours",
+    "evaluate": "accuracy of a model on a list of videos",
+    "export": "write a merged model for deployment, proven",
+    "predict": "classify video files",
+    "reparam": "merge a model's adapters into its weights, and prove it",
+}
+
+
+def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
+    """Runs `main(argv)` and returns its exit status: bad input ends in one line on stderr and 1.
+
+    Bad input raises ValueError or OSError; anything else is a bug and keeps its traceback.
+    """
+    try:
+        main(sys.argv[1:] if argv is None else argv)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def main() -> int:
+    """Entry point of the installed `zeroi2v` command."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print("usage: zeroi2v VERB [options]     (zeroi2v VERB --help)\n")
+        for verb, meaning in VERBS.items():
+            print(f"  {verb:<10} {meaning}")
+        return 0 if len(sys.argv) > 1 else 2
+    verb = sys.argv[1]
+    if verb not in VERBS:
+        print(f"error: unknown verb {verb!r}: known: {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    sys.argv[0] = f"zeroi2v {verb}"
+    return run(import_module(f"zeroi2v.{verb}").main, sys.argv[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

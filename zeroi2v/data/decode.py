@@ -1,0 +1,342 @@
+"""Exact frames of a video file, by PyAV on one thread.
+
+Frame i is the i-th frame that a decode of the whole file gives (of the stream FFmpeg holds for
+the best), turned upright. Two ways lead there:
+
+in order   Decode everything and count. Always right, and cheap for small or old codecs.
+by seek    Read all packets without decoding; frame i is the one with the i-th smallest time
+           stamp. Then decode only from the keyframe before each wanted frame up to that frame,
+           leaving out frames that no other frame refers to.
+
+Seeking is trusted only where a packet is a frame by definition (`SEEKABLE`) and the time stamps
+are complete and different. At the first surprise (an error, a wanted time stamp that never shows
+up, frames out of order, interlaced fields) the file is decoded in order instead. Headers are
+never asked how many frames there are: they lie. (In a damaged file whose decoder drops frames
+without an error, frames found by seeking keep the place that their time stamps give them.)
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+
+MAX_SIDE = 16384
+"""Largest width or height accepted, in pixels."""
+MAX_PIXELS = 2**26
+"""Largest width x height accepted; 8K video has half of it."""
+MAX_CLIP_BYTES = 4 * 2**30
+"""Largest size accepted of all frames of a clip, in bytes of RGB."""
+
+# Containers and codecs in which each packet is one shown frame. Not so: fields in mpegts, hidden
+# frames in vp8, packed B-frames in avi.
+SEEKABLE = {"mov,mp4,m4a,3gp,3g2,mj2": {"h264", "hevc", "av1"}}
+SEEKABLE["matroska,webm"] = SEEKABLE["mov,mp4,m4a,3gp,3g2,mj2"] | {"vp9"}
+
+
+class DecodeError(ValueError):
+    """A video that cannot give the wanted frames; the message names the file and the reason."""
+
+
+class _Surprise(Exception):
+    """The file is not what the packet index promised."""
+
+
+class Limit:
+    """A time limit in seconds, from now on; None for none."""
+
+    def __init__(self, seconds: float | None):
+        self.seconds = seconds
+        self.end = None if seconds is None else time.monotonic() + seconds
+
+    @property
+    def left(self) -> float | None:
+        return None if self.end is None else max(self.end - time.monotonic(), 1e-3)
+
+    def check(self) -> None:
+        if self.end is not None and time.monotonic() > self.end:
+            raise DecodeError(f"takes longer to decode than the time limit of {self.seconds:g} s")
+
+
+@dataclass(slots=True)
+class _Index:
+    """What reading all packets without decoding tells about a video."""
+
+    pts: list[int | None]
+    dts: list[int | None]
+    is_key: list[bool]
+    shown: list[int]
+    """Packets that become frames, in order of their time stamps (of the file without any)."""
+    times: np.ndarray
+    """Times of those frames in seconds, the first at 0."""
+    seekable: bool
+
+
+def read_frames(
+    path: str | os.PathLike,
+    choose: Callable[[int], np.ndarray],
+    start: float | None = None,
+    end: float | None = None,
+    timeout: float | None = None,
+) -> np.ndarray:
+    """Decodes the frames that `choose` picks, each once, however often it is picked.
+
+    `choose(total)` returns an integer array of any shape of indices in 0..total-1; `total` counts
+    the frames of the file, or those with start <= time < end (seconds from the first frame) if
+    given. It may be called a second time, with the right total, for a file whose frames turn
+    out to be more or fewer than its packets, so it must depend on nothing but `total`.
+    Returns RGB, uint8 [*indices.shape, H, W, 3], turned as the file asks. Raises DecodeError if
+    the file is missing, damaged where it matters, without video, larger than `MAX_SIDE` or
+    `MAX_PIXELS`, or takes longer than `timeout` seconds.
+    """
+    path, limit = os.fspath(path), Limit(timeout)
+    try:
+        container, stream = open_video(path, limit, err_detect="explode")
+        with container:
+            index = read_index(container, stream, limit)
+            if index.seekable:
+                first, total = _window(index.times, start, end)
+                wanted = np.asarray(choose(total)) + first
+                codec = stream.codec_context
+                check_clip_size((codec.height, codec.width, 3), wanted.size)
+                try:
+                    frames = _decode_by_seek(container, stream, index, wanted, limit)
+                except (_Surprise, av.FFmpegError):
+                    pass
+                else:
+                    return _pack(frames, wanted)
+        return _decode_in_order(path, index.times, choose, start, end, limit)
+    except DecodeError as error:
+        raise DecodeError(f"{path}: {error}") from None
+    except (av.FFmpegError, OSError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, av.error.ExitError):  # FFmpeg gave up at the end of the time
+            reason = f"takes longer to read than the time limit of {timeout:g} s"
+        raise DecodeError(f"{path}: {reason}") from None
+
+
+def check_clip_size(shape: tuple[int, int, int], num_frames: int) -> None:
+    """Raises DecodeError if frames of `shape` [H, W, 3] are too many to hold."""
+    size = num_frames * shape[0] * shape[1] * shape[2]
+    if size > MAX_CLIP_BYTES:
+        raise DecodeError(
+            f"a clip must be at most {MAX_CLIP_BYTES} bytes: got {num_frames} frames of "
+            f"{shape[1]}x{shape[0]}"
+        )
+
+
+def open_video(path: str, limit: Limit, **codec_options: str):
+    """The container and its video stream, set to decode on one thread."""
+    container = av.open(
+        f"file:{path}",
+        metadata_errors="ignore",
+        options={"protocol_whitelist": "file"},
+        timeout=limit.left,
+    )
+    stream = container.streams.best("video")
+    if stream is None or stream.codec_context is None:
+        container.close()
+        raise DecodeError("has no video stream that can be decoded")
+    codec = stream.codec_context
+    if max(codec.width, codec.height) > MAX_SIDE:
+        container.close()
+        raise DecodeError(
+            f"frames must be at most {MAX_SIDE} pixels a side: got {codec.width}x{codec.height}"
+        )
+    if codec.width * codec.height > MAX_PIXELS:
+        container.close()
+        raise DecodeError(
+            f"frames must be at most {MAX_PIXELS} pixels: got {codec.width}x{codec.height}"
+        )
+    codec.thread_count = 1
+    codec.options = {"max_pixels": str(MAX_PIXELS), **codec_options}
+    return container, stream
+
+
+def read_index(container, stream, limit: Limit) -> _Index:
+    pts, dts, is_key, discard = [], [], [], []
+    damaged = False
+    try:
+        for packet in container.demux(stream):
+            limit.check()
+            if packet.size:
+                pts.append(packet.pts)
+                dts.append(packet.dts)
+                is_key.append(packet.is_keyframe)
+                discard.append(packet.is_discard)
+    except av.FFmpegError:
+        damaged = True
+    except IndexError:  # what PyAV raises if the chosen stream is not among those of the file
+        raise DecodeError("has damaged stream headers") from None
+    shown = [i for i, out in enumerate(discard) if not out]
+    if not shown:
+        raise DecodeError("holds no frame")
+    stamps = [pts[i] for i in shown]
+    complete = None not in stamps and len(set(stamps)) == len(stamps)
+    if complete:
+        shown.sort(key=pts.__getitem__)
+        times = (np.array(sorted(stamps)) - min(stamps)) * float(stream.time_base)
+    else:
+        times = np.arange(len(shown)) / _frame_rate(stream)
+    codecs = SEEKABLE.get(container.format.name, ())
+    seekable = complete and not damaged and stream.codec_context.codec.canonical_name in codecs
+    return _Index(pts, dts, is_key, shown, times, seekable)
+
+
+def _frame_rate(stream) -> float:
+    return float(stream.average_rate or 25)
+
+
+def _window(times: np.ndarray, start: float | None, end: float | None) -> tuple[int, int]:
+    """First frame and number of frames with start <= time < end, to a microsecond."""
+    first = 0 if start is None else int(np.searchsorted(times, start - 1e-6))
+    last = len(times) if end is None else int(np.searchsorted(times, end - 1e-6))
+    if last <= first:
+        raise DecodeError(f"has no frame from {start} to {end} s: it is {times[-1]:.3f} s long")
+    return first, last - first
+
+
+def _decode_by_seek(container, stream, index: _Index, wanted: np.ndarray, limit: Limit) -> dict:
+    """The frames with the given positions in `index.shown`; raises _Surprise on any doubt."""
+    convert = _Converter()
+    number_of = {index.pts[index.shown[i]]: i for i in set(wanted.ravel().tolist())}
+    frames: dict[int, np.ndarray] = {}
+    for key, last in _runs(index, [index.shown[i] for i in number_of.values()]):
+        previous = None
+        for frame in _decode_run(container, stream, index, key, last, number_of):
+            limit.check()
+            if frame.pts is None or (previous is not None and frame.pts <= previous):
+                raise _Surprise
+            if frame.pts == index.pts[key] and not frame.key_frame:
+                raise _Surprise
+            previous = frame.pts
+            if frame.pts in number_of:
+                if frame.interlaced_frame or frame.is_corrupt:
+                    raise _Surprise
+                frames[number_of[frame.pts]] = convert(frame)
+    if len(frames) < len(number_of):
+        raise _Surprise
+    return frames
+
+
+def _decode_run(container, stream, index: _Index, key: int, last: int, wanted) -> Iterator:
+    """Frames of packets `key`..`last`, without those nobody wants or refers to."""
+    codec = stream.codec_context
+    can_skip = codec.codec.canonical_name == "h264"
+    for packet in _packets_between(container, stream, index, key, last):
+        # Frames shown before the keyframe but stored after it need the frames before it.
+        if packet.pts is None or packet.pts < index.pts[key]:
+            continue
+        if can_skip:
+            codec.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+        yield from codec.decode(packet)
+    yield from codec.decode(None)
+    codec.flush_buffers()
+
+
+def _runs(index: _Index, packets: list[int]) -> list[tuple[int, int]]:
+    """The stretches of packets, (keyframe, last), whose decoding gives all the given packets."""
+    keys = [i for i, is_key in enumerate(index.is_key) if is_key and index.pts[i] is not None]
+    keys.sort(key=index.pts.__getitem__)
+    key_pts = [index.pts[i] for i in keys]
+    runs: list[tuple[int, int]] = []
+    for packet in sorted(packets):
+        at = bisect_right(key_pts, index.pts[packet]) - 1
+        if at < 0 or keys[at] > packet:
+            raise _Surprise
+        if runs and keys[at] <= runs[-1][1]:
+            runs[-1] = (min(keys[at], runs[-1][0]), packet)
+        else:
+            runs.append((keys[at], packet))
+    return runs
+
+
+def _packets_between(container, stream, index: _Index, key: int, last: int) -> Iterator[av.Packet]:
+    """Packets `key`..`last` of the file, found by seeking; every one is checked."""
+    stamps = [s for s in (index.pts[key], index.dts[key]) if s is not None]
+    container.seek(min(stamps), stream=stream)
+    position = None
+    for packet in container.demux(stream):
+        if not packet.size:
+            continue
+        stamp = (packet.pts, packet.dts)
+        if position is None and stamp == (index.pts[key], index.dts[key]):
+            position = key
+        if position is not None:
+            if stamp != (index.pts[position], index.dts[position]):
+                raise _Surprise
+            yield packet
+            if position == last:
+                return
+            position += 1
+    raise _Surprise
+
+
+def _decode_in_order(path, times, choose, start, end, limit: Limit) -> np.ndarray:
+    """Decodes and counts; a second time if the count differs from the number of packets."""
+    while True:
+        first, total = _window(times, start, end)
+        indices = np.asarray(choose(total)) + first
+        wanted = set(indices.ravel().tolist())
+        container, stream = open_video(path, limit)
+        check_clip_size((stream.codec_context.height, stream.codec_context.width, 3), indices.size)
+        frames: dict[int, np.ndarray] = {}
+        count = 0
+        with container:
+            convert = _Converter()
+            try:
+                for frame in all_frames(container, stream, limit):
+                    if count in wanted:
+                        if frame.is_corrupt:
+                            raise DecodeError(f"frame {count} is damaged")
+                        frames[count] = convert(frame)
+                    count += 1
+            except av.FFmpegError as error:
+                if len(frames) < len(wanted):
+                    raise DecodeError(f"damaged after frame {count}: {error.strerror}") from None
+                count = len(times)
+            rate = _frame_rate(stream)
+        if count == len(times):
+            return _pack(frames, indices)
+        if not count:
+            raise DecodeError("holds no frame")
+        tail = times[-1] + np.arange(1, count - len(times) + 1) / rate
+        times = np.concatenate([times, tail])[:count]
+
+
+def all_frames(container, stream, limit: Limit) -> Iterator[av.VideoFrame]:
+    for packet in container.demux(stream):
+        limit.check()
+        yield from packet.decode()
+
+
+class _Converter:
+    """Frames to upright RGB arrays of one size, uint8 [H, W, 3]."""
+
+    def __init__(self):
+        self.reformatter = VideoReformatter()
+        self.size = None
+
+    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
+        size = (frame.width, frame.height, frame.rotation)
+        self.size = self.size or size
+        if size != self.size:
+            raise DecodeError(f"changes its frames from {self.size} to {size} (w, h, rotation)")
+        image = self.reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+        return np.rot90(image, round(frame.rotation / 90))
+
+
+def _pack(frames: dict[int, np.ndarray], indices: np.ndarray) -> np.ndarray:
+    missing = sorted(set(indices.ravel().tolist()) - set(frames))
+    if missing:
+        raise DecodeError(f"frame {missing[0]} cannot be decoded")
+    packed = np.empty((indices.size, *frames[int(indices.flat[0])].shape), np.uint8)
+    for place, i in enumerate(indices.ravel().tolist()):
+        packed[place] = frames[i]
+    return packed.reshape(*indices.shape, *packed.shape[1:])

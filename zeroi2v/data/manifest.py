@@ -1,0 +1,201 @@
+"""What is known of each video of a dataset, found by decoding all of it: JSON lines, one a video.
+
+`zeroi2v.check_data` writes a manifest; training leaves out the videos that it knows to be bad.
+Imports neither torch nor DALI: `inspect_video` runs in processes of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import av
+import numpy as np
+
+from zeroi2v.data.annotations import Sample
+from zeroi2v.data.decode import DecodeError, Limit, all_frames, open_video, read_index
+from zeroi2v.data.frame_folder import read_frame_folder
+
+
+@dataclass(slots=True)
+class VideoFacts:
+    """One line of a manifest; None for what could not be found out."""
+
+    path: str
+    """Path below the dataset's root."""
+    size: int | None = None
+    """Size of the file, in bytes."""
+    mtime_ns: int | None = None
+    """When the file was last changed, in nanoseconds since 1970."""
+    sha256: str | None = None
+    """Hash of the file."""
+    container: str | None = None
+    """FFmpeg's name of the format; `images` for a folder of images."""
+    codec: str | None = None
+    """FFmpeg's name of the codec."""
+    width: int | None = None
+    """Width of the coded frames, in pixels."""
+    height: int | None = None
+    """Height of the coded frames, in pixels."""
+    fps: float | None = None
+    """Frames a second, by the header."""
+    header_frames: int | None = None
+    """Frames that the header promises; 0 if it says nothing."""
+    frames: int | None = None
+    """Frames that decoding gives, up to the first error."""
+    keyframes: int | None = None
+    """Packets marked as keyframes."""
+    rotation: int | None = None
+    """Degrees, counter-clockwise, that the file asks to be turned by."""
+    vfr: bool | None = None
+    """Whether frames are shown for different times."""
+    open_gop: bool | None = None
+    """Whether frames stored after a later keyframe are shown before it."""
+    error: str | None = None
+    """Why the video is bad; None for a good one."""
+
+
+def inspect_video(path: str, name: str, timeout: float | None = None) -> VideoFacts:
+    """Decodes all of the video at `path` and tells what it is; it is called `name` there.
+
+    Never raises for what the file is: `error` says what is wrong.
+    """
+    facts = VideoFacts(name)
+    try:
+        status = os.stat(path)
+        facts.size, facts.mtime_ns = status.st_size, status.st_mtime_ns
+        if os.path.isdir(path):
+            _inspect_folder(path, facts)
+        else:
+            _inspect_file(path, facts, Limit(timeout))
+    except DecodeError as error:
+        facts.error = str(error).removeprefix(f"{path}: ")
+    except av.error.ExitError:
+        facts.error = f"takes longer to read than the time limit of {timeout:g} s"
+    except (av.FFmpegError, OSError) as error:
+        facts.error = getattr(error, "strerror", None) or str(error)
+    return facts
+
+
+def _inspect_file(path: str, facts: VideoFacts, limit: Limit) -> None:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+    facts.sha256 = digest.hexdigest()
+    container, stream = open_video(path, limit)
+    with container:
+        codec = stream.codec_context
+        facts.container, facts.codec = container.format.name, codec.codec.canonical_name
+        facts.width, facts.height = codec.width, codec.height
+        facts.fps = round(float(stream.average_rate), 3) if stream.average_rate else None
+        facts.header_frames = stream.frames
+        index = read_index(container, stream, limit)
+        facts.keyframes = sum(index.is_key)
+        gaps = np.diff(index.times)
+        if None not in index.pts and len(gaps):
+            facts.vfr = bool(np.ptp(gaps) > max(2.5 * stream.time_base, 0.02 * np.median(gaps)))
+            facts.open_gop = _has_leading_frames(index.pts, index.is_key)
+    facts.frames, size = 0, None
+    container, stream = open_video(path, limit)
+    with container:
+        try:
+            for frame in all_frames(container, stream, limit):
+                facts.rotation = round(frame.rotation)
+                if frame.is_corrupt:
+                    raise DecodeError(f"frame {facts.frames} is damaged")
+                size = size or (frame.width, frame.height)
+                if size != (frame.width, frame.height):
+                    raise DecodeError(f"changes its frames at frame {facts.frames}")
+                facts.frames += 1
+        except av.FFmpegError as error:
+            reason = f"damaged after frame {facts.frames}: {error.strerror}"
+            raise DecodeError(reason) from None
+    if not facts.frames:
+        raise DecodeError("holds no frame")
+
+
+def _has_leading_frames(pts: list[int], is_key: list[bool]) -> bool:
+    """Whether a packet after the second or a later keyframe is shown before that keyframe."""
+    keys = [i for i, key in enumerate(is_key) if key][1:]
+    ends = [*keys[1:], len(pts)]
+    return any(min(pts[i:end]) < pts[i] for i, end in zip(keys, ends, strict=False))
+
+
+def _inspect_folder(path: str, facts: VideoFacts) -> None:
+    facts.container = facts.codec = "images"
+    facts.frames, total = 0, None
+
+    def one(count: int) -> np.ndarray:
+        nonlocal total
+        total = count
+        return np.array([facts.frames])
+
+    while facts.frames != total:
+        _, facts.height, facts.width, _ = read_frame_folder(path, one).shape
+        facts.frames += 1
+
+
+def read_manifest(path: str | os.PathLike) -> dict[str, VideoFacts]:
+    """The lines of a manifest by the names of their videos; one cut short is left out.
+
+    Raises OSError if there is none, ValueError that names the line if it is something else.
+    """
+    rows, known = {}, {f.name for f in fields(VideoFacts)}
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            values = json.loads(line) if line else None
+        except json.JSONDecodeError:
+            if number == len(lines):
+                break
+            values = ()
+        if values is None:
+            continue
+        if not isinstance(values, dict) or set(values) != known:
+            raise ValueError(f"{path} line {number}: must be a line of a manifest: got {line!r}")
+        rows[values["path"]] = VideoFacts(**values)
+    return rows
+
+
+def manifest_line(facts: VideoFacts) -> str:
+    """The line of a manifest, with its end."""
+    return json.dumps(asdict(facts)) + "\n"
+
+
+def manifest_name(path: str, root: str | os.PathLike | None) -> str:
+    """What a manifest calls the video at `path` of a list read with `root`."""
+    return os.path.relpath(path, root or ".")
+
+
+def known_bad_files(
+    samples: list[Sample], manifest: str | os.PathLike, root: str | os.PathLike | None
+) -> dict[str, str]:
+    """Paths of the samples that the manifest knows to be bad, with the reasons.
+
+    A file that has changed since is not known. Raises as `read_manifest` does, and ValueError if
+    the manifest has none of the samples: it is of another list or root.
+    """
+    rows, bad = read_manifest(manifest), {}
+    names = {sample.path: manifest_name(sample.path, root) for sample in samples}
+    if not any(name in rows for name in names.values()):
+        raise ValueError(
+            f"{manifest} must be a manifest of the list, made with the same root: it has none of "
+            f"{len(names)} videos, such as {next(iter(names.values()))}"
+        )
+    for path, name in names.items():
+        facts = rows.get(name)
+        if facts is None or facts.error is None:
+            continue
+        try:
+            status = os.stat(path)
+        except OSError:
+            pass
+        else:
+            if (status.st_size, status.st_mtime_ns) != (facts.size, facts.mtime_ns):
+                continue
+        bad[path] = f"{path}: {facts.error}"
+    return bad

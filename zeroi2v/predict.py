@@ -1,0 +1,277 @@
+"""Classify videos with a model folder, an ONNX file or an exported program alike.
+
+    python -m zeroi2v.predict MODEL VIDEO [VIDEO …] [--topk 5] [--json]
+    python -m zeroi2v.predict MODEL FOLDER --out all.jsonl      as it goes; a second run resumes
+    python -m zeroi2v.predict MODEL LONG.mp4 --timeline FOLDER  what happens when
+    … | python -m zeroi2v.predict MODEL -                       a pipe; camera:0 is a camera
+
+Frames, views and pixels are those of `evaluate`: same loader, same averaging. A file that can't be
+decoded is named and the others go on; the exit status is then 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from zeroi2v.capture import as_file
+from zeroi2v.checkpoint import fetch, write_whole
+from zeroi2v.cli import run
+from zeroi2v.data.annotations import VIDEO_SUFFIXES, Sample
+from zeroi2v.data.pipeline import ClipLoader
+from zeroi2v.deployed import load_deployed
+from zeroi2v.evaluate import default_device, default_workers, predict_views
+from zeroi2v.model import VideoViT
+
+
+def predict(
+    model: nn.Module,
+    paths: list[str],
+    topk: int = 5,
+    progress: Callable[[int], object] | None = None,
+) -> list[dict[str, Any]]:
+    """The `topk` most probable classes of each video file, averaged over the model's test views.
+
+    Args:
+        model: adapted, merged or deployed (`load_deployed`), on the device to compute on.
+        paths: video files in any format FFmpeg reads.
+        topk: classes to name, at most `num_classes`.
+        progress: called with 1 after each file.
+    Returns:
+        One dict per path, in order: `path` and either `topk`, a list of {label, index,
+        probability} from the most probable down, or `error`, the reason it can't be decoded.
+        `label` is the index as text if the model has no class names.
+    Raises:
+        ValueError: `topk` below 1, or the model's output holds inf or nan.
+    """
+    results = []
+    for result in predict_each(model, [Sample(path, 0) for path in paths], topk):
+        results.append(result)
+        if progress is not None:
+            progress(1)
+    return results
+
+
+def predict_each(
+    model: nn.Module,
+    samples: list[Sample],
+    topk: int = 5,
+    views: tuple[int, int] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """`predict` one by one as they are done, for files or parts of files.
+
+    `views` are (clips, crops) of each sample; the model's test views by default. Labels of
+    samples are not looked at.
+    """
+    if topk < 1:
+        raise ValueError(f"topk must be at least 1: got {topk}")
+    if not samples:
+        return
+    config = model.config
+    parameter = next(model.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    loader = ClipLoader(
+        samples,
+        config,
+        batch_size=min(8, len(samples)),
+        mode="test",
+        views=config.preprocess.test_views if views is None else views,
+        workers=default_workers(device) if len(samples) > 32 else 0,
+        device=str(device),
+    )
+    dtype = None if isinstance(model, VideoViT) else torch.float32  # what deployed models take
+    done = 0
+    for batch in loader.epoch():
+        one = SimpleNamespace(epoch=lambda batch=batch: [batch])
+        index, probs = predict_views(model, one, device, dtype)
+        if not torch.isfinite(probs).all():
+            raise ValueError("model's output must be finite: got inf or nan")
+        rows = dict(zip(index.tolist(), probs, strict=True))
+        for i in range(done, min(done + len(batch.index), len(samples))):
+            path = samples[i].path
+            if i in rows:
+                yield {"path": path, "topk": _top(rows[i], topk, config.labels)}
+            else:
+                yield {"path": path, "error": loader.bad_files[path]}
+        done += len(batch.index)
+
+
+def _top(probs: torch.Tensor, topk: int, labels: tuple[str, ...]) -> list[dict[str, Any]]:
+    top = probs.topk(min(topk, len(probs)))
+    return [
+        {"label": labels[k] if labels else str(k), "index": k, "probability": probability}
+        for k, probability in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    ]
+
+
+def find_videos(names: Iterable[str]) -> list[str]:
+    """The files among `names`, and those of its folders that have a video's suffix, sorted.
+
+    Raises ValueError for a folder without any.
+    """
+    found = []
+    for name in names:
+        if not os.path.isdir(name):
+            found.append(name)
+            continue
+        inside = sorted(p for p in Path(name).rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
+        if not inside:
+            raise ValueError(f"folder must hold video files: got {name}")
+        found += map(str, inside)
+    return found
+
+
+def read_paths(path: str, root: str | None) -> list[str]:
+    """The files named in a text list: one a line; a label at the end of the line is left out.
+
+    Raises OSError if there is no such list, ValueError if it is empty.
+    """
+    found = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        name, _, last = line.strip().rpartition(" ")
+        name = name.strip() if name and last.isdigit() else line.strip()
+        if name and not name.startswith("#"):
+            found.append(os.path.join(root or "", name))
+    if not found:
+        raise ValueError(f"list must name video files: got none in {path}")
+    return found
+
+
+class Results:
+    """A file of one JSON line per video, written as they are done; a second run continues it."""
+
+    def __init__(self, path: str, model: str):
+        if Path(path).suffix != ".jsonl":
+            raise ValueError(f"--out must be a .jsonl file: got {path}")
+        self.path, self.model = Path(path), model
+        self.done: dict[str, bool] = {}
+        """Whether each video of the file was classified."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]  # a stopped run may have left part of a line
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                row = json.loads(line)
+                name, other = row["path"], row["model"]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"--out {path} holds other than results: line {number}") from None
+            if other != model:
+                raise ValueError(f"--out {path} holds results of {other}: got model {model}")
+            self.done[name] = "error" not in row
+        if whole != text:
+            write_whole(self.path, whole)
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by main)
+
+    def add(self, result: dict[str, Any]) -> None:
+        """Writes a result, to be there even if the next moment is the last."""
+        self.file.write(json.dumps({"model": self.model, **result}) + "\n")
+        self.file.flush()
+        self.done[result["path"]] = "error" not in result
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m zeroi2v.predict", description="Classify videos.", allow_abbrev=False
+    )
+    parser.add_argument("model", help="model or run folder, .onnx or .pt2 file, or name on the hub")
+    parser.add_argument("video", nargs="*", help="file, folder, - (pipe) or camera:0")
+    parser.add_argument("--list", help="text file that names videos, one a line")
+    parser.add_argument("--root", help="folder the list's paths are relative to")
+    parser.add_argument("--topk", type=int, default=5, help="classes to name (default: 5)")
+    parser.add_argument("--json", action="store_true", help="print one JSON line per video")
+    parser.add_argument("--out", help=".jsonl file to write as it goes, and to go on with")
+    parser.add_argument("--timeline", metavar="FOLDER", help="classify windows; JSON and PNG there")
+    parser.add_argument("--window", type=float, help="seconds of a window (default: of a clip)")
+    parser.add_argument("--stride", type=float, help="seconds between windows (default: half)")
+    parser.add_argument("--seconds", type=float, default=5, help="of a camera (default: 5)")
+    args = parser.parse_args(argv)
+    started = time.perf_counter()
+    names = find_videos(args.video) + (read_paths(args.list, args.root) if args.list else [])
+    if not names:
+        raise ValueError("videos must be given: as files, folders, a --list, - or camera:0")
+    if args.topk < 1:
+        raise ValueError(f"topk must be at least 1: got {args.topk}")
+    out = Results(args.out, args.model) if args.out else None
+    todo = [n for n in dict.fromkeys(names) if out is None or n not in out.done]
+    failed = 0 if out is None else sum(not out.done[n] for n in set(names) & out.done.keys())
+    if len(todo) < len(set(names)):
+        print(f"{len(set(names)) - len(todo)} done before", file=sys.stderr)
+    model = load_deployed(fetch(args.model), default_device()) if todo else None
+    # The bar is for long jobs; a few files are done before it could be read.
+    hidden = True if len(todo) < 16 and args.timeline is None else None
+    with ExitStack() as stack:
+        files = {stack.enter_context(as_file(name, args.seconds)): name for name in todo}
+        bar = stack.enter_context(tqdm(total=len(todo), unit="video", disable=hidden))
+        if out is not None:
+            stack.enter_context(out.file)
+        if args.timeline is not None:
+            results = _timelines(model, files, args)
+        else:
+            results = predict_each(model, [Sample(path, 0) for path in files], args.topk)
+        for result in results:
+            path, result["path"] = result["path"], files[result["path"]]
+            if "error" in result:
+                failed += 1
+                result["error"] = result["error"].replace(path, result["path"])
+            if out is not None:
+                out.add(result)
+            if args.json or out is None:
+                _show(result, args.json)
+            bar.update(1)
+    if failed:
+        raise ValueError(f"{failed} of {len(set(names))} files can't be decoded: see above")
+    seconds = time.perf_counter() - started
+    print(f"{len(set(names))} classified in {seconds:.1f} s, start included", file=sys.stderr)
+
+
+def _timelines(model: nn.Module, files: dict[str, str], args) -> Iterator[dict[str, Any]]:
+    """Writes a JSON and a PNG for each file; yields its path and where they are, or its error."""
+    from zeroi2v.timeline import draw_timeline, timeline
+
+    folder = Path(args.timeline)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, name in files.items():
+        try:
+            result = timeline(model, path, args.window, args.stride, args.topk)
+        except ValueError as error:
+            yield {"path": path, "error": str(error)}
+            continue
+        result["path"] = name
+        stem = Path(name).stem if Path(name).stem not in ("", "-") else "pipe"
+        target = folder / f"{stem.replace(':', '')}.json"
+        write_whole(target, json.dumps(result, indent=1) + "\n")
+        draw_timeline(result, target.with_suffix(".png"))
+        yield {"path": path, "timeline": str(target), "windows": result["windows"]}
+
+
+def _show(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result), flush=True)
+    elif "error" in result:
+        print(f"can't be decoded: {result['error']}")
+    elif "windows" in result:
+        print(f"{result['path']}: {result['timeline']}")
+        for window in result["windows"]:
+            best = window["topk"][0] if "topk" in window else {"label": window["error"]}
+            share = f"{100 * best.get('probability', 0):6.2f} %"
+            print(f"    {window['start']:8.2f} s  {share}  {best['label']}")
+    else:
+        print(result["path"])
+        for row in result["topk"]:
+            print(f"    {100 * row['probability']:6.2f} %  {row['label']}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,236 @@
+"""Merge a model's adapters into its frozen weights, and prove that nothing changed.
+
+    python -m zeroi2v.reparam RUN_OR_FOLDER --out FOLDER [--dtype fp32|bf16|fp16] [--clips LIST]
+
+Merging is computed in float64 and then cast. Before anything is written, the merged model is run
+beside the adapted one: in float64, where they must agree to 1e-10, and in the dtype asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from zeroi2v.adapter import LinearAdapter, merge_after, merge_before
+from zeroi2v.checkpoint import check_output_folder, load, model_folder, save
+from zeroi2v.cli import run
+from zeroi2v.model import VideoViT
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+HALF_PRECISION_MARGIN = 1.1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MergeReport:
+    """How far a merged model is from the adapted one it was made of."""
+
+    dtype: str
+    """The merged model's dtype, in which both were run."""
+    clips: int
+    """Number of clips they were run on."""
+    max_abs: float
+    """Largest absolute difference of a logit."""
+    rel: float
+    """Norm of the logits' difference over the norm of the adapted model's logits. In half precision
+    the truth is the adapted model in fp64, and `rel` the root mean square over `per_block` and the
+    logits: a few logits alone are too small a sample of rounding errors."""
+    rel_limit: float
+    """What `rel` may be: 1e-10 in fp64, 1e-5 in fp32, in half precision 1.1 times what the adapted
+    model in the same dtype has."""
+    top1_agreement: float
+    """Fraction of clips on which both name the same class. Must be 1 in fp64 and fp32."""
+    per_block: tuple[float, ...]
+    """`rel` of each block's output (of CLS alone for the last): where an error comes from."""
+    passed: bool
+    """Whether the merged model may stand for the adapted one."""
+
+    def __str__(self) -> str:
+        verdict = "passed" if self.passed else "FAILED"
+        return (
+            f"{self.dtype}: {verdict}, relative error {self.rel:.2e} (limit {self.rel_limit:.2e}), "
+            f"largest {self.max_abs:.2e}, top-1 agreement {self.top1_agreement:.0%} "
+            f"on {self.clips} clips"
+        )
+
+
+def merge(model: VideoViT, dtype: torch.dtype | None = None) -> VideoViT:
+    """A model without adapters that computes what `model` does in eval mode.
+
+    Args:
+        model: an adapted model; left untouched.
+        dtype: of the merged weights; that of `model` by default.
+
+    Returns:
+        A `VideoViT` with `config.adapter` None, on the device of `model`, in eval mode.
+
+    Raises:
+        ValueError: `model` has no adapters.
+
+    Source: ZeroI2V (arXiv 2310.01324), section 3.3.
+    """
+    if model.config.adapter is None:
+        raise ValueError("model must have adapters: got one that is merged or plain already")
+    dtype = dtype or model.head.weight.dtype
+    with torch.device("meta"):
+        merged = VideoViT(dataclasses.replace(model.config, adapter=None))
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        for index, block in enumerate(model.transformer.resblocks):
+            place = f"transformer.resblocks.{index}."
+            for names, adapter, rule in (
+                (("attn.in_proj_weight", "attn.in_proj_bias"), block.attn.in_adapter, merge_before),
+                (
+                    ("attn.out_proj.weight", "attn.out_proj.bias"),
+                    block.attn.out_adapter,
+                    merge_after,
+                ),
+                (("mlp.c_fc.weight", "mlp.c_fc.bias"), block.mlp.in_adapter, merge_before),
+                (("mlp.c_proj.weight", "mlp.c_proj.bias"), block.mlp.out_adapter, merge_after),
+            ):
+                weight, bias = (place + name for name in names)
+                state[weight], state[bias] = rule(state[weight], state[bias], adapter)
+    state = {name: state[name].to(dtype, copy=True) for name in merged.state_dict()}
+    merged.load_state_dict(state, assign=True)
+    return merged.eval()
+
+
+def verify(adapted: VideoViT, merged: VideoViT, clips: Tensor) -> MergeReport:
+    """Runs both models on the same clips and compares logits, top-1 and every block's output.
+
+    Args:
+        adapted: the model that was merged; left untouched.
+        merged: what `merge` made of it; its dtype is the one the comparison is made in.
+        clips: normalised video `[B, 3, T, H, W]`, any floating dtype.
+
+    Returns:
+        The report; `passed` says whether the limits of its dtype hold.
+    """
+    dtype = merged.head.weight.dtype
+    ours = _trace(merged, clips, dtype)
+    theirs = _trace(adapted, clips, dtype)
+    exact = dtype in TOLERANCE
+    truth = theirs if exact else _trace(adapted, clips, torch.float64)
+    errors = [_rel(a, b) for a, b in zip(ours, truth, strict=True)]
+    if exact:
+        rel, limit = errors[-1], TOLERANCE[dtype]
+    else:
+        own = [_rel(a, b) for a, b in zip(theirs, truth, strict=True)]
+        rel, limit = _mean_square(errors) ** 0.5, HALF_PRECISION_MARGIN * _mean_square(own) ** 0.5
+    logits, expected = ours[-1], truth[-1]
+    agreement = (logits.argmax(-1) == theirs[-1].argmax(-1)).double().mean().item()
+    finite = bool(torch.isfinite(logits).all() and torch.isfinite(expected).all())
+    return MergeReport(
+        dtype=str(dtype).removeprefix("torch."),
+        clips=len(clips),
+        max_abs=(logits - expected).abs().max().item(),
+        rel=rel,
+        rel_limit=limit,
+        top1_agreement=agreement,
+        per_block=tuple(errors[:-1]),
+        passed=finite and rel <= limit and (not exact or agreement == 1),
+    )
+
+
+def _trace(model: VideoViT, clips: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """CLS after each block, then the logits, of a copy of `model` in eval mode and `dtype`."""
+    model = copy.deepcopy(model).to(dtype).eval()
+    trace: list[Tensor] = []
+    for block in model.transformer.resblocks:
+        block.register_forward_hook(lambda _m, _args, out: trace.append(out[:, :, 0].double()))
+    rows = []
+    with torch.no_grad():
+        for clip in clips.to(model.head.weight.device, dtype).split(1):  # one by one: L/14 is big
+            rows.append(model(clip).double())
+    depth = model.config.depth
+    return [torch.cat(trace[block::depth]) for block in range(depth)] + [torch.cat(rows)]
+
+
+def _rel(value: Tensor, truth: Tensor) -> float:
+    return ((value - truth).norm() / truth.norm().clamp_min(1e-300)).item()
+
+
+def _mean_square(values: list[float]) -> float:
+    return sum(value * value for value in values) / len(values)
+
+
+def seeded_clips(model: VideoViT, count: int = 2) -> Tensor:
+    """Reproducible noise clips `[count, 3, T, H, W]` for `model`, scaled as normalised video."""
+    config = model.config
+    generator = torch.Generator().manual_seed(0)
+    shape = (count, 3, config.num_frames, config.image_size, config.image_size)
+    return torch.randn(shape, generator=generator)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m zeroi2v.reparam",
+        description="Merge a model's adapters into its weights. The merged model is verified "
+        "against the adapted one first, and written only if it passes.",
+    )
+    parser.add_argument("model", help="run folder (its best model) or model folder")
+    parser.add_argument("--out", required=True, help="folder for the merged model")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the merged weights (default: as is)")
+    parser.add_argument("--clips", help="video list to verify on (default: seeded noise)")
+    parser.add_argument("--root", help="folder the list's paths are relative to")
+    args = parser.parse_args(argv)
+
+    source = model_folder(args.model)
+    out = check_output_folder(args.out)
+    if out.resolve() == source.resolve():
+        raise ValueError(f"--out must not be the model itself: got {args.out}")
+    adapted = load(source)
+    if adapted.config.adapter is None:
+        raise ValueError(f"{source} is merged already: it has no adapters")
+    clips = _video_clips(adapted, args.clips, args.root) if args.clips else seeded_clips(adapted)
+
+    print(f"merging {source}: {sum(_adapter_sizes(adapted)):,} adapter parameters")
+    dtype = DTYPES[args.dtype] if args.dtype else adapted.head.weight.dtype
+    reports = []
+    for proof in dict.fromkeys((torch.float64, dtype)):
+        merged = merge(adapted, proof)
+        reports.append(verify(adapted, merged, clips))
+        print(reports[-1])
+        if not reports[-1].passed:
+            raise ValueError(
+                f"merged model not written: it differs from the adapted one; "
+                f"largest error by block: {max(reports[-1].per_block):.2e}"
+            )
+    figures = {
+        "source": str(args.model),
+        "clips": args.clips or "seeded noise",
+        "parameters_before": sum(p.numel() for p in adapted.parameters()),
+        "parameters_after": sum(p.numel() for p in merged.parameters()),
+        "checks": [dataclasses.asdict(report) for report in reports],
+    }
+    save(merged, out, {"merge_report.json": json.dumps(figures, indent=2)})
+    print(f"written to {out}: {figures['parameters_after']:,} parameters")
+
+
+def _adapter_sizes(model: nn.Module) -> list[int]:
+    adapters = (m for m in model.modules() if isinstance(m, LinearAdapter))
+    return [p.numel() for adapter in adapters for p in adapter.parameters()]
+
+
+def _video_clips(model: VideoViT, source: str, root: str | None) -> Tensor:
+    """The first view of up to 8 videos of a list, `[n, 3, T, H, W]`."""
+    from zeroi2v.data.annotations import read_list
+    from zeroi2v.data.pipeline import ClipLoader
+
+    samples = read_list(source, root or Path(source).parent, model.config.num_classes)[:8]
+    loader = ClipLoader(samples, model.config, batch_size=1, mode="val")
+    clips = [batch.video[:, 0] for batch in loader.epoch() if batch.index[0] >= 0]
+    if not clips:
+        raise ValueError(f"--clips must hold a video that can be decoded: got {source}")
+    return torch.cat(clips)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,129 +1,241 @@
 """How benches run: `pytest bench` checks each once, `pytest bench --benchmark` also times it.
 
-A bench proves its contestants equal before it times them, all in the same rounds, so that a noisy
-machine slows them alike; what it reports are ratios within a round, their median and spread.
-Figures go to `bench/results/<machine>.json`.
+A bench proves its contestants right before it times them, in rounds in which all take turns.
+Figures go to `bench/results/<machine>.json`, and to pytest-benchmark if that is installed.
 """
 
 from __future__ import annotations
 
+import copy
+import gc
 import json
 import os
-import platform
-import re
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from bench import machine, measure
+
+if not torch.cuda.is_available():  # kernels run in Triton's interpreter; it reads this at import
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 RESULTS = Path(__file__).with_name("results")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--benchmark", action="store_true", help="time the benches, not only check")
-    parser.addoption("--rounds", type=int, default=15, help="timed rounds of each bench")
+    group = parser.getgroup("zeroi2v benches")
+    group.addoption("--benchmark", action="store_true", help="time the benches, not only check")
+    group.addoption("--rounds", type=int, help="timed rounds of each bench; default: what fits")
+    group.addoption("--seconds", type=float, default=60, help="time to fill with rounds (60)")
+    group.addoption("--results", type=Path, default=RESULTS, help="folder of the figures")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--benchmark") and config.pluginmanager.hasplugin("timeout"):
+        for item in items:
+            item.add_marker(pytest.mark.timeout(3600))
+
+
+if "pytest_benchmark.plugin" not in sys.modules:
+
+    @pytest.fixture
+    def benchmark():
+        """In place of pytest-benchmark's, which is not there."""
+
+
+@pytest.fixture(scope="session")
+def timed(request) -> bool:
+    """Whether benches are timed; if not, small shapes are enough to check them."""
+    return request.config.getoption("--benchmark")
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where benches run: `cuda` if there is a GPU, else `cpu`."""
+    return machine.device()
+
+
+@pytest.fixture(scope="session")
+def setting(request, timed) -> dict | None:
+    """Machine card with measured ceilings, commit and command: measured before the first bench."""
+    if not timed:
+        return None
+    card = machine.machine_card() | {"ceilings": machine.ceilings()}
+    command = "pytest " + " ".join(sys.argv[1:])
+    return dict(machine=card, commit=machine.commit(), command=command)
 
 
 @pytest.fixture
-def compare(request):
-    """A function `compare(contestants, baseline, **facts)` that times them in interleaved rounds.
+def store(request, setting):
+    """A function `store(rows=None, **facts)` that keeps figures of a bench under its name.
 
-    `contestants` maps names to functions without arguments, `baseline` names one of them. Returns
-    median seconds and median ratio to the baseline by name, or None without `--benchmark`; prints
-    and stores them with `facts`.
+    `rows` maps names (of models, cases) to figures. Nothing is kept without `--benchmark`.
     """
 
-    def run(contestants: dict[str, Callable], baseline: str, **facts) -> dict | None:
-        if not request.config.getoption("--benchmark"):
+    def keep(rows: dict[str, dict] | None = None, **facts) -> None:
+        if setting is None:
+            return
+        folder = request.config.getoption("--results")
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{setting['machine']['slug']}.json"
+        results = json.loads(path.read_text()) if path.exists() else {"benches": {}}
+        results["machine"] = setting["machine"]
+        results["benches"][request.node.name] = dict(
+            bench=request.path.stem.removeprefix("bench_"),
+            commit=setting["commit"],
+            command=setting["command"],
+            date=datetime.now(timezone.utc).date().isoformat(),
+            **dict(threads=torch.get_num_threads()) | facts,
+            rows=rows or {},
+        )
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(results, indent=1, default=str) + "\n")
+        temporary.replace(path)
+
+    return keep
+
+
+@pytest.fixture
+def compare(request, benchmark, setting, store, timed):
+    """A function that checks contestants and times them in interleaved rounds.
+
+    compare(contestants, baseline, check=None, absent=None, device=None, graph=False, memory=False,
+            energy=False, rounds=None, **facts) -> rows by name, or None without `--benchmark`
+
+    contestants: functions without arguments, by name; `baseline` is one of the names.
+    check: called with name and output of each before any is timed; raises if it is wrong.
+    absent: reasons, by name, why a contestant is not here: kept as empty rows.
+    device: `cpu` for what uses no GPU though there is one.
+    graph: on a GPU, replay each as a CUDA graph; who can't be captured runs as it is, told so.
+    memory, energy: measure peak bytes above what is held before; joules, where a GPU counts them.
+    rounds: how many; by default as many as fit.
+    facts: kept with the figures. A dict by contestants' names makes a column, the rest describe the
+        bench. Of `flops`, `bytes` (moved) and `clips` in one run, rates follow; with `dtype` as in
+        "bfloat16" also shares of the machine's ceilings.
+
+    A row holds `seconds`, `ratio` to the baseline within a round, the quartiles of both, and those.
+    """
+
+    def run(
+        contestants: dict[str, Callable],
+        baseline: str,
+        check: Callable[[str, Any], None] | None = None,
+        absent: dict[str, str] | None = None,
+        device: str | None = None,
+        graph: bool = False,
+        memory: bool = False,
+        energy: bool = False,
+        rounds: int | None = None,
+        **facts,
+    ) -> dict | None:
+        if baseline not in contestants:
+            raise ValueError(f"baseline must be one of {list(contestants)}: got {baseline!r}")
+        device = device or machine.device()
+        timing = timed
+        if benchmark is not None:
+            benchmark._mode = "compare(...)"  # else it warns that nothing used it
+            timing = timed and benchmark.enabled
+        rows: dict[str, dict] = {name: {} for name in contestants}
+        if graph and device == "cuda":
+            contestants = {n: _graph(n, c, rows[n]) for n, c in contestants.items()}
+        for name, contestant in contestants.items():  # also warms up
+            if memory and timing:
+                output, rows[name]["peak_bytes"] = measure.run_counting_memory(contestant, device)
+            else:
+                output = contestant()
+            if check is not None:
+                check(name, output)
+            del output
+        if not timing:
             return None
-        rounds = request.config.getoption("--rounds")
-        seconds = interleave(contestants, rounds)
-        rows = {name: summary(times, seconds[baseline]) for name, times in seconds.items()}
-        store(request.node.name, dict(baseline=baseline, rounds=rounds, rows=rows, **facts))
-        with request.config.pluginmanager.get_plugin(
-            "capturemanager"
-        ).global_and_fixture_disabled():
-            print(f"\n{request.node.name}, {rounds} rounds")
-            for name, row in rows.items():
-                low, high = row["ratio_quartiles"]
-                print(
-                    f"  {name:<24} {1e3 * row['seconds']:9.1f} ms   "
-                    f"{row['ratio']:.3f} x {baseline}  [{low:.3f}, {high:.3f}]"
-                )
+        seconds = _interleave(request.config, benchmark, contestants, device, rounds)
+        for key in [k for k, v in facts.items() if isinstance(v, dict) and set(v) <= set(rows)]:
+            for name, value in facts.pop(key).items():
+                rows[name][key] = value
+        for name, row in rows.items():
+            row |= measure.summary(seconds[name], seconds[baseline])
+            row |= _rates({**facts, **row}, setting["machine"]["ceilings"])
+            if energy and device == "cuda" and (joules := measure.joules(contestants[name])):
+                row["joules"] = joules
+        facts |= dict(baseline=baseline, rounds=len(seconds[baseline]), device=device)
+        if benchmark is not None:
+            _hand_over(benchmark, request.node, seconds, rows, facts | setting)
+        rows |= {name: {"absent": reason} for name, reason in (absent or {}).items()}
+        store(rows, **facts)
+        _print(request, baseline, rows, facts)
         return rows
 
     return run
 
 
-def interleave(contestants: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each contestant in each round; the order rotates, after one warm-up round."""
-    names = list(contestants)
-    seconds = {name: [] for name in names}
-    for round_index in range(rounds + 1):
-        shift = round_index % len(names)
-        for name in names[shift:] + names[:shift]:
-            start = time.perf_counter()
-            contestants[name]()
-            if round_index:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+def _graph(name: str, contestant: Callable, row: dict) -> Callable:
+    try:
+        replay = measure.captured(contestant)
+    except RuntimeError as error:
+        print(f"{name} can't be captured in a CUDA graph: {str(error).splitlines()[0]}")
+        row["graph"] = False
+        return contestant
+    row["graph"] = True
+    return replay
 
 
-def summary(times: list[float], baseline: list[float]) -> dict:
-    """Median seconds; median and quartiles of the ratio to the baseline of the same round."""
-    ratios = sorted(a / b for a, b in zip(times, baseline, strict=True))
-    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    return dict(
-        seconds=statistics.median(times),
-        ratio=statistics.median(ratios),
-        ratio_quartiles=[low, high],
-    )
+def _interleave(config, benchmark, contestants, device, rounds) -> dict[str, list[float]]:
+    """Interleaved rounds with pytest-benchmark's timer and its choice about garbage collection."""
+    collects = gc.isenabled()
+    if benchmark is not None and benchmark._disable_gc:
+        gc.disable()
+    try:
+        return measure.interleave(
+            contestants,
+            device,
+            config.getoption("--rounds") or rounds,
+            config.getoption("--seconds"),
+            time.perf_counter if benchmark is None else benchmark._timer,
+        )
+    finally:
+        if collects:
+            gc.enable()
 
 
-def store(name: str, row: dict) -> None:
-    """Adds one bench's figures to this machine's results file, with commit and command."""
-    card = machine_card()
-    path = RESULTS / f"{card['slug']}.json"
-    results = json.loads(path.read_text()) if path.exists() else {"benches": {}}
-    results["machine"] = card
-    row |= dict(commit=commit(), command="pytest " + " ".join(sys.argv[1:]))
-    results["benches"][name] = row
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=2) + "\n")
-    temporary.replace(path)
+def _rates(row: dict, ceilings: dict[str, float]) -> dict[str, float]:
+    """What a row achieved a second, and which share of the machine's ceiling that is."""
+    found = {}
+    peak = ceilings.get(str(row.get("dtype", "float32")).removeprefix("torch."))
+    for key, ceiling in (("flops", peak), ("bytes", ceilings["copy"]), ("clips", None)):
+        if key in row:
+            found[f"{key}_per_s"] = row[key] / row["seconds"]
+            if ceiling is not None:
+                found[f"{key}_of_ceiling"] = found[f"{key}_per_s"] / ceiling
+    return found
 
 
-def machine_card() -> dict:
-    """What the figures were measured on."""
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-    else:
-        found = re.search(r"model name\s*: (.*)", cpu_info())
-        name = found.group(1) if found else platform.processor()
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{name} {os.cpu_count()} cores".lower()).strip("-")
-    return dict(
-        name=name,
-        slug=slug,
-        cores=os.cpu_count(),
-        threads=torch.get_num_threads(),
-        isa=torch.backends.cpu.get_cpu_capability(),
-        torch=torch.__version__,
-        python=platform.python_version(),
-    )
+def _hand_over(benchmark, node, seconds, rows, facts) -> None:
+    """Gives pytest-benchmark a group of one row for each contestant."""
+    for name, times in seconds.items():
+        row = copy.copy(benchmark)
+        row.name, row.fullname, row.group = name, f"{node.nodeid} {name}", node.name
+        row.extra_info = {**facts, **rows[name]}
+        stats = row._make_stats(iterations=1)
+        for value in times:
+            stats.update(value)
 
 
-def cpu_info() -> str:
-    path = Path("/proc/cpuinfo")
-    return path.read_text() if path.exists() else ""
-
-
-def commit() -> str:
-    """The checked-out commit, marked if the tree differs from it; empty outside a checkout."""
-    command = ["git", "-C", str(RESULTS), "describe", "--always", "--dirty", "--abbrev=12"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    return result.stdout.strip()
+def _print(request, baseline: str, rows: dict[str, dict], facts: dict) -> None:
+    capture = request.config.pluginmanager.get_plugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        print(f"\n{request.node.name}, {facts['rounds']} rounds")
+        for name, row in rows.items():
+            if "absent" in row:
+                print(f"  {name:<28} not measured: {row['absent']}")
+                continue
+            low, high = row["ratio_quartiles"]
+            print(
+                f"  {name:<28} {1e3 * row['seconds']:10.2f} ms   "
+                f"{row['ratio']:.3f} x {baseline}  [{low:.3f}, {high:.3f}]"
+            )

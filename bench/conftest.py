@@ -7,6 +7,7 @@ Figures go to `bench/results/<machine>.json`, and to pytest-benchmark if that is
 from __future__ import annotations
 
 import copy
+import cProfile
 import gc
 import json
 import os
@@ -119,6 +120,10 @@ def compare(request, benchmark, setting, store, timed):
         bench. Of `flops`, `bytes` (moved) and `clips` in one run, rates follow; with `dtype` as in
         "bfloat16" also shares of the machine's ceilings.
 
+    Facts that the report knows: `model` ("B/16"), `frames`, `batch`, `dtype`; of each contestant
+    `parameters`, `flops` (counted), `flops_by_formula`, `error` (relative, to float64), `agreement`
+    (of top-1), published `top1` (%) and `gmacs` (all views) with their `source`.
+
     A row holds `seconds`, `ratio` to the baseline within a round, the quartiles of both, and those.
     """
 
@@ -165,7 +170,7 @@ def compare(request, benchmark, setting, store, timed):
                 row["joules"] = joules
         facts |= dict(baseline=baseline, rounds=len(seconds[baseline]), device=device)
         if benchmark is not None:
-            _hand_over(benchmark, request.node, seconds, rows, facts | setting)
+            _hand_over(benchmark, request.node, contestants, seconds, rows, facts | setting)
         rows |= {name: {"absent": reason} for name, reason in (absent or {}).items()}
         store(rows, **facts)
         _print(request, baseline, rows, facts)
@@ -215,7 +220,7 @@ def _rates(row: dict, ceilings: dict[str, float]) -> dict[str, float]:
     return found
 
 
-def _hand_over(benchmark, node, seconds, rows, facts) -> None:
+def _hand_over(benchmark, node, contestants, seconds, rows, facts) -> None:
     """Gives pytest-benchmark a group of one row for each contestant."""
     for name, times in seconds.items():
         row = copy.copy(benchmark)
@@ -224,6 +229,10 @@ def _hand_over(benchmark, node, seconds, rows, facts) -> None:
         stats = row._make_stats(iterations=1)
         for value in times:
             stats.update(value)
+        if row.cprofile:
+            profile = cProfile.Profile()
+            profile.runcall(contestants[name])
+            row._save_cprofile(profile)
 
 
 def _print(request, baseline: str, rows: dict[str, dict], facts: dict) -> None:

@@ -77,7 +77,7 @@ def go(data, tmp_path, monkeypatch):
 
     def go(name: str, *overrides: str, plots: bool = False) -> Path:
         if not plots:  # they take longer than the run
-            monkeypatch.setattr(train.main, "draw_plots", lambda folder: None)
+            monkeypatch.setattr(train.main, "write_report", lambda folder: None)
         argv = ["--config", str(data / "config.yaml"), f"run.dir={tmp_path / name}", *overrides]
         train.main.main(argv)
         return tmp_path / name

@@ -30,6 +30,7 @@ FREE_ON_RESUME = {
     "run.log_every",
     "run.save_every",
     "run.max_steps",
+    "run.wandb",
     "data.workers",
     "data.timeout",
     "data.cache",
@@ -82,6 +83,8 @@ class DataConfig:
     """Folder to keep whole decoded videos in, about 260 kB a frame; for small datasets."""
     filename_tmpl: str | None = None
     """Names of the images of videos kept as folders of them, as `img_{:05}.jpg`; None: found."""
+    shots: int | None = None
+    """Training videos of each class, drawn by `run.seed`, to train on; None: all."""
 
     def __post_init__(self):
         _require(
@@ -98,6 +101,9 @@ class DataConfig:
             "data.max_bad_fraction",
             "must be in [0, 1]",
             self.max_bad_fraction,
+        )
+        _require(
+            self.shots is None or self.shots >= 1, "data.shots", "must be at least 1", self.shots
         )
 
 
@@ -200,6 +206,8 @@ class RunOptions:
     """Optimizer steps between saves, besides those at the end of each epoch."""
     max_steps: int | None = None
     """Stop and save after this many optimizer steps; the schedule stays that of all epochs."""
+    wandb: str | None = None
+    """Weights & Biases project to log to as well; `WANDB_MODE=offline` keeps that on this disk."""
 
     def __post_init__(self):
         for name in ("log_every", "val_every", "save_every", "max_steps"):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -48,10 +50,14 @@ def prepare(config: RunConfig, device: torch.device) -> Job:
         known_bad = known_bad_files(samples, data.manifest, data.root)
         check_bad_files(known_bad, len(samples), data.max_bad_fraction)
         samples = [sample for sample in samples if sample.path not in known_bad]
+    if data.shots is not None:
+        samples = draw_shots(samples, data.shots, config.model.num_classes, config.run.seed)
     val_samples = []
     if data.val_list is not None:
         val_root = data.root if data.val_root is None else data.val_root
         val_samples = read(data.val_list, val_root)
+    if config.run.wandb is not None and find_spec("wandb") is None:
+        raise ValueError("run.wandb needs the package wandb: pip install wandb")
     video = replace(config.model.video, labels=class_labels(config))
     workers = default_workers(device) if data.workers is None else data.workers
     common = dict(
@@ -100,6 +106,27 @@ def prepare(config: RunConfig, device: torch.device) -> Job:
         f"{torch.get_num_threads()} threads and {workers} decoding workers for each process"
     )
     return Job(config, device, model, loader, val_loader, samples, val_samples, record)
+
+
+def draw_shots(samples: list[Sample], shots: int, num_classes: int, seed: int) -> list[Sample]:
+    """`shots` samples of each class, in their order; the same ones for the same seed.
+
+    A class has its own generator, so that its draw does not depend on the other classes. Raises
+    ValueError that names the classes that have fewer.
+    """
+    rows: list[list[int]] = [[] for _ in range(num_classes)]
+    for row, sample in enumerate(samples):
+        rows[sample.label].append(row)
+    few = {label: len(own) for label, own in enumerate(rows) if len(own) < shots}
+    if few:
+        some = ", ".join(f"{count} of class {label}" for label, count in list(few.items())[:3])
+        more = f" and {len(few) - 3} more classes" if len(few) > 3 else ""
+        raise ValueError(f"data.shots must be had in every class: got {shots} for {some}{more}")
+    drawn = [
+        np.random.default_rng((seed, label)).choice(own, shots, replace=False)
+        for label, own in enumerate(rows)
+    ]
+    return [samples[row] for row in sorted(np.concatenate(drawn))]
 
 
 def gather_blocks_whole(model: VideoViT) -> None:

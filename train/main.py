@@ -49,7 +49,9 @@ from train.engine import (
     trained_weights,
 )
 from train.job import Job, prepare
-from train.log import RunLog, cut_log, draw_plots
+from train.log import RunLog, cut_log
+from train.report import write_report
+from zeroi2v.checkpoint import save as save_folder
 from zeroi2v.checkpoint import write_whole
 from zeroi2v.cli import run
 from zeroi2v.data.pipeline import Batch, ClipLoader, check_bad_files
@@ -128,7 +130,8 @@ def train(job: Job, signals: StopSignals) -> int:
     if is_first:
         write_whole(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
         cut_log(folder, progress.step, progress.validated)
-        log = RunLog(folder, steps_per_epoch, optim.epochs, config.run.log_every)
+        every, project = config.run.log_every, config.run.wandb
+        log = RunLog(folder, steps_per_epoch, optim.epochs, every, project, config.to_dict())
 
     def save() -> None:
         """Writes `last/`, and `state/` to resume from."""
@@ -164,11 +167,11 @@ def train(job: Job, signals: StopSignals) -> int:
             progress.best_top1, progress.best_step = progress.top1, progress.step
             weights = trained_weights(engine)
         if is_first:
-            if improved:
-                save_model(twin, weights, folder / "best")
-            log.validation(progress.step, **{k: figures[k] for k in ("top1", "top5", "mean_class")})
             best = {"best_step": progress.best_step, "best_top1": progress.best_top1}
             text = json.dumps({"step": progress.step, **best, **figures})
+            if improved:
+                save_model(twin, weights, folder / "best", {"eval.json": text})
+            log.validation(progress.step, **{k: figures[k] for k in ("top1", "top5", "mean_class")})
             write_whole(folder / "eval.json", text + "\n")
         best = f"best {progress.best_top1:.2f} after step {progress.best_step}"
         say(f"validation  top-1 {progress.top1:.2f} % after step {progress.step} ({best})")
@@ -240,7 +243,7 @@ def train(job: Job, signals: StopSignals) -> int:
     if is_first:
         log.close()
         if not stop:  # who sends a signal is in a hurry
-            draw_plots(folder)
+            write_report(folder)
         summary = {"steps": progress.step, "finished": finished, "top1": progress.top1,
                    "best_top1": progress.best_top1, "seconds": round(time.time() - started, 1),
                    "dir": str(folder)}  # fmt: skip
@@ -292,10 +295,12 @@ def micro_batches(loader: ClipLoader, step: int, signals: StopSignals) -> Iterat
         step = (epoch + 1) * loader.steps_per_epoch
 
 
-def save_model(twin: VideoViT, weights: dict[str, Tensor], folder: Path) -> None:
-    """Saves `twin` with the trained `weights` in it as a native folder."""
+def save_model(
+    twin: VideoViT, weights: dict[str, Tensor], folder: Path, files: dict[str, str] | None = None
+) -> None:
+    """Saves `twin` with the trained `weights` in it as a native folder, with text `files` in it."""
     twin.load_state_dict(weights, strict=False)
-    twin.save_pretrained(folder)
+    save_folder(twin, folder, files)
 
 
 def check_identity(saved: dict[str, int], now: dict[str, int]) -> None:

@@ -255,6 +255,13 @@ def draw_confusion(path: Path, confusion: list[list[int]], labels: tuple[str, ..
                     color="white" if share[row, column] > 55 else "black",
                 )
     axes.set(xlabel="predicted class", ylabel="true class")
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Saves a figure of pyplot's as PNG `path`, which is there whole or not at all; closes it."""
+    from matplotlib import pyplot
+
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, dpi=120, format="png")
     pyplot.close(figure)

@@ -8,7 +8,8 @@ import torch
 from foreign import open_clip_model, relative, shake, timm_model, transformers_config
 from safetensors.torch import save_file
 
-from zeroi2v import VideoViT, load_foreign
+from zeroi2v import VideoViT, load_foreign, merge, verify
+from zeroi2v.reparam import seeded_clips
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -195,23 +196,6 @@ def test_siglip_is_refused_for_want_of_a_class_token(tmp_path):
         load_foreign(tmp_path / "siglip.bin")
 
 
-@pytest.mark.parametrize("size", [32, 48])
-def test_timm_clip_vit_has_timms_features_at_any_resolution(tmp_path, size):
-    theirs = timm_model()
-    torch.save(theirs.state_dict(), tmp_path / "vit.pth")
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
-    if size != 32:  # timm resizes its positional embedding when it loads
-        other = timm_model(img_size=size)
-        from timm.models.vision_transformer import checkpoint_filter_fn
-
-        other.load_state_dict(checkpoint_filter_fn(theirs.state_dict(), other))
-        theirs = other
-    with torch.no_grad():
-        expected = theirs.forward_features(images)[:, 0]
-    ours = load_foreign(tmp_path / "vit.pth", activation="gelu", image_size=size)
-    assert relative(features(ours, images), expected) <= 1e-5
-
-
 def test_timm_folder_tells_the_activation(tmp_path):
     theirs = timm_model("vit_base_patch16_clip_quickgelu_224")
     save_file(theirs.state_dict(), tmp_path / "model.safetensors")
@@ -224,9 +208,77 @@ def test_timm_folder_tells_the_activation(tmp_path):
         load_foreign(tmp_path, activation="gelu")
 
 
+# What they were trained on: ImageNet-21k (and, of the same shape, DINO), DINOv2, DeiT III.
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_base_patch16_224",
+        "vit_base_patch14_dinov2",
+        "deit3_base_patch16_224",
+        "vit_base_patch16_clip_224",
+    ],
+)
+@pytest.mark.parametrize("size", [32, 48])
+def test_timm_vit_of_every_lineage_has_timms_features(tmp_path, name, size):
+    theirs = timm_model(name, init_values=0.3) if "dino" in name else timm_model(name)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter *= 0.05  # so small that a norm's epsilon shows
+    torch.save(theirs.state_dict(), tmp_path / "vit.pth")
+    if size != 32:
+        from timm.models.vision_transformer import checkpoint_filter_fn
+
+        other = timm_model(name, img_size=size, **({"init_values": 1} if "dino" in name else {}))
+        other.load_state_dict(checkpoint_filter_fn(theirs.state_dict(), other))
+        theirs = other
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = theirs.forward_features(images)[:, 0]
+    ours = load_foreign(tmp_path / "vit.pth", activation="gelu", image_size=size)
+    assert relative(features(ours, images), expected) <= 1e-5
+    assert ours.config.ln_pre == ("clip" in name)
+    if not ours.config.ln_pre:  # the epsilon does matter
+        for module in theirs.modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                module.eps = 1e-5
+        with torch.no_grad():
+            assert relative(theirs.forward_features(images)[:, 0], expected) > 1e-4
+
+
+def test_timm_vit_without_a_norm_before_its_blocks_trains_merges_and_is_saved(tmp_path):
+    torch.save(timm_model("vit_base_patch16_224").state_dict(), tmp_path / "vit.pth")
+    offsets = dict(num_heads=2, head_offsets=[-1, 1], num_frames=4, num_classes=5)
+    video = load_foreign(
+        tmp_path / "vit.pth", activation="gelu", **offsets, adapter={"ratio": 0.25, "scale": 0.5}
+    )
+    adapted = randomize_adapters(video)
+    clips = seeded_clips(adapted, 2)
+    adapted.freeze()(clips).sum().backward()
+    assert adapted.transformer.resblocks[0].attn.in_adapter.up.weight.grad.norm() > 0
+    merged = merge(adapted.eval())
+    assert verify(adapted, merged, clips).passed
+    assert not [name for name in merged.state_dict() if "ln_pre" in name]
+    merged.save_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        again = VideoViT.from_pretrained(tmp_path / "merged")
+        assert torch.equal(again(clips), merged(clips))
+
+
+def randomize_adapters(model: VideoViT) -> VideoViT:
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "_adapter." in name or name.startswith("head."):
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
 @pytest.mark.parametrize(
     ("name", "rule"),
     [
+        ("vit_giant_patch14_dinov2", "has a gated MLP"),
+        ("vit_base_patch16_gap_224", "has no class token"),
+        ("deit_base_distilled_patch16_224", "has a distillation token"),
         ("vit_base_patch14_reg4_dinov2", "has register tokens"),
         ("vit_base_patch16_siglip_224", "has attention pooling"),
     ],

@@ -100,6 +100,8 @@ class ModelConfig:
     """For each head, which frame its keys and values come from, relative to the query's frame."""
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
     """Activation of the MLP; OpenAI's CLIP uses quick_gelu: x * sigmoid(1.702 x)."""
+    ln_pre: bool = True
+    """Whether a layer norm comes before the blocks, as in CLIP; other ViTs have none."""
     adapter: AdapterConfig | None = field(default_factory=AdapterConfig)
     """The adapters, or None for a plain or merged model."""
     head_dropout: float = 0.5

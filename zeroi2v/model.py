@@ -42,7 +42,7 @@ class VideoViT(nn.Module, ModelHubMixin):
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty(config.num_tokens, width))
         self.temporal_embedding = nn.Parameter(torch.zeros(config.num_frames, width))
-        self.ln_pre = LayerNorm(width)
+        self.ln_pre = LayerNorm(width) if config.ln_pre else nn.Identity()
         self.transformer = Transformer(config)
         self.ln_post = LayerNorm(width)
         self.dropout = nn.Dropout(config.head_dropout)

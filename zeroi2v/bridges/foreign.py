@@ -18,6 +18,9 @@ from torch import Tensor
 from zeroi2v.config import ModelConfig
 
 BLOCK = "transformer.resblocks.{}."
+NORM_EPSILON = 1e-5
+"""Added to the variance by every layer norm of CLIP, and so of `VideoViT`."""
+_BOTH = ("weight", "bias")
 
 # Widths at which every published CLIP and ViT has heads of 64 channels. Larger ones differ
 # (ViT-H 80, ViT-g 88, ViT-G 104), and weights alone do not tell.
@@ -67,8 +70,12 @@ def describe(tensors: dict[str, Tensor], where: str) -> dict[str, Any]:
     if not blocks or blocks != set(range(len(blocks))):
         raise ValueError(f"{where}: blocks must be numbered from 0 on: got {sorted(blocks)[:20]}")
     hidden = BLOCK.format(0) + "mlp.c_fc.weight"
-    if hidden not in tensors:
-        raise ValueError(f"{where} lacks {hidden}")
+    back = hidden.replace("c_fc", "c_proj")
+    for name in (hidden, back):
+        if name not in tensors or tensors[name].ndim != 2:
+            raise ValueError(f"{where} lacks {name}, or it is no matrix")
+    if len(tensors[hidden]) != tensors[back].shape[1]:
+        raise ValueError(f"{where} has a gated MLP (SwiGLU), which VideoViT does not have")
     return {
         "width": width,
         "patch_size": patch,
@@ -96,6 +103,20 @@ def fold_layer_scale(tensors: dict[str, Tensor], gamma: str, weight: str, bias: 
     tensors[weight] = (scale[:, None] * tensors[weight].double()).float()
     tensors[bias] = (scale * tensors[bias].double()).float()
     return True
+
+
+def fold_norm_epsilon(tensors: dict[str, Tensor], depth: int, epsilon: float) -> None:
+    """Makes norms with our epsilon compute what norms with `epsilon` did, in a tower without ln_pre.
+
+    norm(x; e) = norm(s x; s^2 e), so all that is added to the residual stream is multiplied by
+    s = sqrt(ours / epsilon): the embeddings and every block's two projections.
+    """
+    scale = (NORM_EPSILON / epsilon) ** 0.5
+    names = ["conv1.weight", "class_embedding", "positional_embedding"]
+    for block in (BLOCK.format(i) for i in range(depth)):
+        names += [f"{block}{p}.{k}" for p in ("attn.out_proj", "mlp.c_proj") for k in _BOTH]
+    for name in names:
+        tensors[name] = (scale * tensors[name].double()).float()
 
 
 def resize_positions(positions: Tensor, grid: int) -> Tensor:

@@ -1,7 +1,8 @@
-"""timm's `VisionTransformer`: ViTs of CLIP and DINO lineage, with LayerScale or without.
+"""timm's `VisionTransformer`: ViTs of CLIP, ImageNet-21k and DINO, with LayerScale or without.
 
 `config.json` of a folder from the hub names the architecture; a bare file does not tell the
-activation.
+activation. Of timm's models with a class token, those with a norm before the blocks (CLIP) add
+1e-5 to the variance in a norm, those without one 1e-6.
 """
 
 from __future__ import annotations
@@ -10,7 +11,14 @@ import re
 
 import torch
 
-from zeroi2v.bridges.foreign import BLOCK, Foreign, assume_heads, describe, fold_layer_scale
+from zeroi2v.bridges.foreign import (
+    BLOCK,
+    Foreign,
+    assume_heads,
+    describe,
+    fold_layer_scale,
+    fold_norm_epsilon,
+)
 from zeroi2v.bridges.reader import Source
 
 _STEM = {
@@ -36,6 +44,7 @@ _PARTS = {
     "ls1.gamma": "ls_1",
     "ls2.gamma": "ls_2",
 }
+_EPSILON = 1e-6
 _BLOCK_NAME = re.compile(r"blocks\.(\d+)\.(.+)")
 
 # What a ViT may have that changes its result and has no place in a VideoViT.
@@ -57,8 +66,6 @@ def convert(source: Source) -> Foreign | None:
             raise ValueError(f"{where} has {reason}")
     if "cls_token" not in theirs:
         raise ValueError(f"{where} has no class token: VideoViT reads the class token")
-    if "norm_pre.weight" not in theirs:
-        raise ValueError(f"{where} has no norm before its blocks (norm_pre), as CLIP has")
     foreign = Foreign(format="timm ViT", tensors=_rename(theirs, where))
     foreign.known = describe(foreign.tensors, where)
     tensors, folded = foreign.tensors, False
@@ -68,12 +75,18 @@ def convert(source: Source) -> Foreign | None:
             folded |= fold_layer_scale(tensors, *names)
     if folded:
         foreign.notes.append("LayerScale merged into the projections")
+    foreign.known["ln_pre"] = "norm_pre.weight" in theirs
+    if not foreign.known["ln_pre"]:
+        fold_norm_epsilon(tensors, foreign.known["depth"], _EPSILON)
+        foreign.notes.append("no norm before the blocks; their epsilon of 1e-6 is in the weights")
     if any(name.startswith("head.") for name in theirs):
         foreign.notes.append("its image head is left out")
     assume_heads(foreign)
     config = source.configs.get("config.json", {})
     if isinstance(name := config.get("architecture"), str):
         foreign.known["activation"] = "quick_gelu" if "quickgelu" in name else "gelu"
+        if "_clip_" in name and not foreign.known["ln_pre"]:
+            raise ValueError(f"{where} lacks norm_pre, which its architecture {name} has")
     else:
         foreign.missing["activation"] = "gelu, but for timm's models named quickgelu"
     pixels = config.get("pretrained_cfg", {})

@@ -1,5 +1,8 @@
 """Other libraries' CLIP image towers, built in the shape and with the weights of a `VideoViT`.
 
+Each takes frames `[B, 3, H, W]`; `pooled` finds the normalised CLS token in what it returns, the
+features of `VideoViT` where its `temporal_embedding` is zero. ImportError if the library is absent.
+
 transformers, open_clip and timm import torchvision, whose compiled operators do not load beside a
 torch without CUDA. None of the models here needs them: declaring their names is enough. The project
 itself never uses torchvision.
@@ -10,6 +13,7 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import sys
+from functools import partial
 
 import torch
 from torch import nn
@@ -60,6 +64,72 @@ def open_clip_tower(config: ModelConfig) -> nn.Module:
     ).eval()
 
 
+def open_clip_vit(model: VideoViT) -> nn.Module:
+    """open_clip's `VisionTransformer` with the backbone weights of `model`, which have its names.
+
+    Without `proj`, so that it ends where ours does.
+    """
+    theirs = open_clip_tower(model.config)
+    theirs.proj = None
+    ours = model.state_dict()
+    theirs.load_state_dict({name: ours[name] for name in theirs.state_dict()})
+    return theirs
+
+
+def timm_vit(model: VideoViT) -> nn.Module:
+    """timm's `VisionTransformer`, shaped as its CLIP models are, with the weights of `model`."""
+    _declare_torchvision_operators()
+    from timm.models.vision_transformer import VisionTransformer
+
+    config = model.config
+    theirs = VisionTransformer(
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        embed_dim=config.width,
+        depth=config.depth,
+        num_heads=config.num_heads,
+        mlp_ratio=config.mlp_ratio,
+        num_classes=0,
+        pre_norm=True,
+        norm_layer=partial(nn.LayerNorm, eps=1e-5),
+        act_layer=config.activation,
+    ).eval()
+    theirs.load_state_dict(_timm_names(model))
+    return theirs
+
+
+IMAGE_MODELS = {
+    "transformers CLIP": transformers_clip,
+    "timm ViT": timm_vit,
+    "open_clip ViT": open_clip_vit,
+}
+
+
+def pooled(output) -> torch.Tensor:
+    """The normalised CLS token `[B, C]` in what one of the models returns."""
+    return getattr(output, "pooler_output", output)
+
+
+def _timm_names(model: VideoViT) -> dict[str, torch.Tensor]:
+    ours = model.state_dict()
+    state = {
+        "cls_token": ours["class_embedding"].view(1, 1, -1),
+        "pos_embed": ours["positional_embedding"].unsqueeze(0),
+        "patch_embed.proj.weight": ours["conv1.weight"],
+    }
+    places = {"norm_pre": "ln_pre", "norm": "ln_post"}
+    for i in range(model.config.depth):
+        a, b = f"blocks.{i}.", f"transformer.resblocks.{i}."
+        places |= {f"{a}norm1": f"{b}ln_1", f"{a}norm2": f"{b}ln_2"}
+        places |= {f"{a}mlp.fc1": f"{b}mlp.c_fc", f"{a}mlp.fc2": f"{b}mlp.c_proj"}
+        places |= {f"{a}attn.proj": f"{b}attn.out_proj"}
+        for kind in ("weight", "bias"):
+            state[f"{a}attn.qkv.{kind}"] = ours[f"{b}attn.in_proj_{kind}"]
+    for kind in ("weight", "bias"):
+        state |= {f"{a}.{kind}": ours[f"{b}.{kind}"] for a, b in places.items()}
+    return state
+
+
 def _transformers_names(model: VideoViT, theirs: nn.Module) -> dict[str, torch.Tensor]:
     prefix = (
         "vision_model." if any(n.startswith("vision_model.") for n in theirs.state_dict()) else ""
@@ -88,6 +158,8 @@ def _transformers_names(model: VideoViT, theirs: nn.Module) -> dict[str, torch.T
 def _declare_torchvision_operators() -> None:
     try:
         import torchvision  # noqa: F401
+    except ModuleNotFoundError:
+        return  # who needs it says so
     except RuntimeError:
         files = importlib.metadata.files("torchvision")
         source = next(f for f in files if f.name == "_meta_registrations.py").locate().read_text()

@@ -67,7 +67,8 @@ def setting(request, timed) -> dict | None:
     """Machine card with measured ceilings, commit and command: measured before the first bench."""
     if not timed:
         return None
-    card = machine.machine_card() | {"ceilings": machine.ceilings()}
+    ceilings = machine.ceilings(min(2.0, request.config.getoption("--seconds") / 10))
+    card = machine.machine_card() | {"ceilings": ceilings}
     command = "pytest " + " ".join(sys.argv[1:])
     return dict(machine=card, commit=machine.commit(), command=command)
 

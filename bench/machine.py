@@ -20,7 +20,7 @@ from bench.measure import interleave
 PACKAGES = (
     "torch triton flash-attn deepspeed av transformers timm open_clip_torch torchcodec decord"
 ).split()
-MATRIX = {"cpu": 2048, "cuda": 8192}
+MATRIX = {"cpu": 3072, "cuda": 8192}
 """Rows and columns of the large matmul."""
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
 COPY_BYTES = 2**30
@@ -46,20 +46,20 @@ def machine_card() -> dict:
     return card
 
 
-def ceilings() -> dict[str, float]:
+def ceilings(seconds: float = 2.0) -> dict[str, float]:
     """What this machine reaches: FLOP/s of a large matmul by dtype, and bytes/s of a large copy.
 
-    A copy counts what it reads and what it writes. float32 is as PyTorch computes it unasked,
-    without TF32.
+    Each is the best of the runs that fit into `seconds`. A copy counts what it reads and what it
+    writes. float32 is as PyTorch computes it unasked, without TF32.
     """
     where, size = device(), MATRIX[device()]
     found = {}
     for dtype in DTYPES[where]:
         a, b = (torch.randn(size, size, device=where).to(getattr(torch, dtype)) for _ in range(2))
-        found[dtype] = 2 * size**3 / _best_seconds(lambda a=a, b=b: a @ b, where)
+        found[dtype] = 2 * size**3 / _best(lambda a=a, b=b: a @ b, where, seconds)
     source = torch.ones(COPY_BYTES, dtype=torch.int8, device=where)
     target = torch.empty_like(source)
-    found["copy"] = 2 * COPY_BYTES / _best_seconds(lambda: target.copy_(source), where)
+    found["copy"] = 2 * COPY_BYTES / _best(lambda: target.copy_(source), where, seconds)
     return found
 
 
@@ -78,9 +78,9 @@ def commit() -> str:
         return ""
 
 
-def _best_seconds(run, where: str) -> float:
+def _best(run, where: str, seconds: float) -> float:
     run()
-    return min(interleave({"": run}, where, budget=2.0)[""])
+    return min(interleave({"": run}, where, budget=seconds)[""])
 
 
 def _cpu() -> dict:

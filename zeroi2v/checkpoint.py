@@ -7,11 +7,11 @@ that contradicts the tensors, is an error that names it.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,14 +20,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from zeroi2v.bridges.foreign import resize_positions
 from zeroi2v.card import ORIGINS, model_card
 from zeroi2v.config import ModelConfig
 from zeroi2v.model import VideoViT
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-
-# Tensors of a CLIP visual tower that a video classifier has no use for.
-_UNUSED_CLIP_TENSORS = ("proj",)
 
 
 def save(model: VideoViT, folder: str | Path, extra_files: dict[str, str] | None = None) -> None:
@@ -124,47 +122,57 @@ def model_folder(path: str | Path) -> Path:
     raise FileNotFoundError(f"{path} is neither a model folder nor a run folder: no {CONFIG} in it")
 
 
-def load_backbone(model: VideoViT, path: str | Path) -> None:
-    """Fills the image backbone of `model` from CLIP-layout weights; the rest keeps its values.
+def load_backbone(model: VideoViT, path: str | Path) -> list[str]:
+    """Fills the image backbone of `model` from any weights we can read; the rest keeps its values.
 
     Args:
-        model: any `VideoViT`; its adapters, `temporal_embedding` and `head` are not touched.
-        path: a native folder, or a `.safetensors` or `.pt`/`.pth` file that holds a state dict of
-            CLIP's visual tower, with or without the prefix `visual.` (other towers are ignored).
-
+        model: any `VideoViT`; its adapters, `temporal_embedding` and `head` are not touched. Its
+            config settles what a bare file of weights does not say: heads and activation.
+        path: a native folder, or a file or folder of a foreign format, as for `load_foreign`.
+            Positional embeddings are resized to the model's resolution.
+    Returns:
+        What was read and what was done to it, one line each.
     Raises:
         OSError: no such file.
-        ValueError: unreadable, or a backbone tensor is missing, unexpected or of another shape.
+        ValueError: unreadable, not finite, with adapters, or other than the model's config says.
     """
-    path = Path(path)
-    if path.is_dir():
-        folder = model_folder(path)
-        theirs, ours = read_config(folder), model.config
-        if theirs.adapter is not None:
-            raise ValueError(f"backbone {path} must have no adapters: merge it first")
-        for name in ("num_heads", "activation", "patch_size"):
-            if getattr(theirs, name) != getattr(ours, name):
-                raise ValueError(
-                    f"backbone {path} has {name} {getattr(theirs, name)!r}, "
-                    f"the model {getattr(ours, name)!r}"
-                )
-        path = folder / WEIGHTS
-    state = _read_tensors(path)
-    if any(name.startswith("visual.") for name in state):
-        state = {n.removeprefix("visual."): t for n, t in state.items() if n.startswith("visual.")}
-    added = ("temporal_embedding", "head.")
-    state = {
-        name: tensor
-        for name, tensor in state.items()
-        if not name.startswith(added) and name not in _UNUSED_CLIP_TENSORS
-    }
+    path, ours = Path(path), model.config
+    if path.is_dir() and _holds_native(path):
+        image, notes = load(model_folder(path)), []
+    else:
+        from zeroi2v.convert import load_image  # which imports this module
+
+        image, notes = load_image(path, ours)
+    if image.config.adapter is not None:
+        raise ValueError(f"backbone {path} must have no adapters: merge it first")
+    for name in ("num_heads", "activation", "patch_size", "ln_pre", "width", "depth"):
+        if (theirs := getattr(image.config, name)) != getattr(ours, name):
+            raise ValueError(
+                f"backbone {path} has {name} {theirs!r}, the model {getattr(ours, name)!r}"
+            )
+    kept = ("temporal_embedding", "head.")
+    state = {n: t for n, t in image.state_dict().items() if not n.startswith(kept)}
+    if image.config.image_size != ours.image_size:
+        name = "positional_embedding"
+        state[name] = resize_positions(state[name], ours.grid)
+        notes.append(f"positional embedding resized from {image.config.image_size} pixels")
     own = {
         name: tensor
         for name, tensor in model.state_dict().items()
-        if not name.startswith(added) and "_adapter." not in name
+        if not name.startswith(kept) and "_adapter." not in name
     }
     check_state(state, own, f"backbone {path}")
     model.load_state_dict(state, strict=False)
+    return notes
+
+
+def _holds_native(path: Path) -> bool:
+    """Whether a folder is a native one or a run; others have a `config.json` of their own kind."""
+    try:
+        text = (model_folder(path) / CONFIG).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return False
+    return '"zeroi2v"' in text
 
 
 def check_output_folder(folder: str | Path) -> Path:
@@ -215,29 +223,19 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` file or of a pickled state dict, read without executing."""
+    """The tensors of a `.safetensors` file."""
     if not path.is_file():
         raise FileNotFoundError(f"weights file not found: {path}")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols: the error says enough
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        return load_file(path)
     except OSError:
         raise
-    except Exception as error:  # a damaged file makes the readers raise nearly anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"weights file can't be read: {path} ({reason})") from None
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise ValueError(f"weights file must hold a state dict of tensors: {path}")
-    return state
+    except Exception as error:  # a damaged file makes the reader raise nearly anything
+        raise ValueError(f"weights file can't be read: {path} ({error})") from None
 
 
 def check_state(state: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> None:
-    """Raises ValueError unless `state` has the names and shapes of `expected`, and floats."""
+    """Raises ValueError unless `state` has `expected`'s names and shapes, and holds finite floats."""
     if missing := [name for name in expected if name not in state]:
         raise ValueError(f"{where} lacks {_some(missing)}, which its config asks for")
     if unexpected := [name for name in state if name not in expected]:
@@ -250,6 +248,8 @@ def check_state(state: dict[str, Tensor], expected: dict[str, Tensor], where: st
             )
         if not state[name].is_floating_point():
             raise ValueError(f"{where}: {name} must be floating point: got {state[name].dtype}")
+        if not all(map(math.isfinite, state[name].aminmax())):  # nan comes through
+            raise ValueError(f"{where}: {name} must be finite: it holds inf or nan")
 
 
 def _some(names: Iterable[str]) -> str:

@@ -34,8 +34,8 @@ _BRIDGES = (authors, openai, open_clip, transformers, timm)
 
 # What a recipe and a file must agree on; all else may come from either, the file first.
 _ARCHITECTURE = ("width", "depth", "num_heads", "patch_size", "image_size", "mlp_ratio")
-_SETTLED = (*_ARCHITECTURE, "num_frames", "head_offsets", "activation", "adapter.scale")
-_SETTLED += ("adapter.ratio",)
+_SETTLED = (*_ARCHITECTURE, "num_frames", "num_classes", "head_offsets", "activation")
+_SETTLED += ("adapter.scale", "adapter.ratio")
 
 # What anyone may choose, whatever the file says: none of it changes what the weights compute.
 _FREE = ("preprocess.", "labels", "head_dropout", "adapter.dropout")
@@ -61,6 +61,16 @@ def load_foreign(path: str | Path, recipe: str | None = None, **overrides: Any) 
             that changes the result (heads, activation, offsets, scale), which the message names.
     """
     return _convert(read_source(path), recipe, overrides)[0]
+
+
+def load_image(path: str | Path, config: ModelConfig) -> tuple[VideoViT, list[str]]:
+    """A foreign image model with the heads and activation of `config`, and what was done to it.
+
+    Raises as `load_foreign`, also if the file says otherwise than `config`.
+    """
+    given = {name: getattr(config, name) for name in ("num_heads", "activation")}
+    model, foreign = _convert(read_source(path), None, given)
+    return model, [f"format {foreign.format}", *foreign.notes]
 
 
 def _convert(
@@ -99,6 +109,12 @@ def _settle(
         bound = key in foreign.known and key != "image_size" and not key.startswith(_FREE)
         if bound and _plain(foreign.known[key]) != _plain(value):
             raise ValueError(f"{key} must be {foreign.known[key]}, as in {where}: got {value}")
+        if key in ("activation", "num_heads") and key not in foreign.known:
+            usual = foreign.assumed.get(key, value)
+            against = "" if usual == value else f", against the convention of {usual}"
+            foreign.notes.append(f"{key} {value} as given, which the file does not tell{against}")
+    if "num_heads" in foreign.assumed and "num_heads" not in overrides:
+        foreign.notes.append("heads by the convention of 64 channels each")
     for key in _SETTLED if base is not None else ():
         both = key in told and key in base and key not in overrides
         if both and _plain(base[key]) != _plain(told[key]):
@@ -127,14 +143,19 @@ def _settle(
 
 
 def _build(config: ModelConfig, state: dict[str, Tensor], foreign: Foreign, where: str) -> VideoViT:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with torch.device("meta"):
         model = VideoViT(config)
-    torch.nn.init.zeros_(model.head.weight)
+    model.to_empty(device="cpu")
     expected = dict(model.state_dict())
     fresh = [n for n in expected if n not in state and any(part in n for part in foreign.fresh)]
     check_state(state, {n: t for n, t in expected.items() if n not in fresh}, where)
     model.load_state_dict(state, strict=False)
+    generator, bound = torch.Generator().manual_seed(0), config.width**-0.5
+    for name in fresh:  # adapters as `nn.Linear` and `LinearAdapter` begin, all else zeros
+        if ".down." in name:
+            torch.nn.init.uniform_(expected[name], -bound, bound, generator=generator)
+        else:
+            torch.nn.init.zeros_(expected[name])
     if any(name.startswith("head.") for name in fresh):
         foreign.notes.append("temporal embedding and head are new: zeros, to be trained")
     return model.eval()

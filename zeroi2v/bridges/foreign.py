@@ -90,7 +90,6 @@ def assume_heads(foreign: Foreign) -> None:
     width = foreign.known["width"]
     if width <= _HEADS_OF_64 and width % 64 == 0:
         foreign.assumed["num_heads"] = width // 64
-        foreign.notes.append("heads by the convention of 64 channels each")
     else:
         foreign.missing["num_heads"] = "in the model's description; weights do not tell"
 
@@ -106,7 +105,7 @@ def fold_layer_scale(tensors: dict[str, Tensor], gamma: str, weight: str, bias: 
 
 
 def fold_norm_epsilon(tensors: dict[str, Tensor], depth: int, epsilon: float) -> None:
-    """Makes norms with our epsilon compute what norms with `epsilon` did, in a tower without ln_pre.
+    """Makes norms with our epsilon compute what they did with `epsilon`; for towers without ln_pre.
 
     norm(x; e) = norm(s x; s^2 e), so all that is added to the residual stream is multiplied by
     s = sqrt(ours / epsilon): the embeddings and every block's two projections.

@@ -108,7 +108,8 @@ def compare(request, benchmark, setting, store, timed):
     """A function that checks contestants and times them in interleaved rounds.
 
     compare(contestants, baseline, check=None, absent=None, device=None, graph=False, memory=False,
-            energy=False, rounds=None, **facts) -> rows by name, or None without `--benchmark`
+            energy=False, rounds=None, against=None, **facts) -> rows by name, or None without
+            `--benchmark`
 
     contestants: functions without arguments, by name; `baseline` is one of the names.
     check: called with name and output of each before any is timed; raises if it is wrong.
@@ -117,6 +118,7 @@ def compare(request, benchmark, setting, store, timed):
     graph: on a GPU, replay each as a CUDA graph; who can't be captured runs as it is, told so.
     memory, energy: measure peak bytes above what is held before; joules, where a GPU counts them.
     rounds: how many; by default as many as fit.
+    against: of contestants, by name, another that they are compared with beside the baseline.
     facts: kept with the figures. A dict by contestants' names makes a column, the rest describe the
         bench. Of `flops`, `bytes` (moved) and `clips` in one run, rates follow; with `dtype` as in
         "bfloat16" also shares of the machine's ceilings.
@@ -138,6 +140,7 @@ def compare(request, benchmark, setting, store, timed):
         memory: bool = False,
         energy: bool = False,
         rounds: int | None = None,
+        against: dict[str, str] | None = None,
         **facts,
     ) -> dict | None:
         if baseline not in contestants:
@@ -169,6 +172,10 @@ def compare(request, benchmark, setting, store, timed):
             row |= _rates({**facts, **row}, setting["machine"]["ceilings"])
             if energy and device == "cuda" and (joules := measure.joules(contestants[name])):
                 row["joules"] = joules
+        for name, other in (against or {}).items():
+            summary = measure.summary(seconds[name], seconds[other])
+            ratios = {key: summary[key] for key in ("ratio", "ratio_quartiles")}
+            rows[name]["against"] = dict(name=other, **ratios)
         facts |= dict(baseline=baseline, rounds=len(seconds[baseline]), device=device)
         if benchmark is not None:
             _hand_over(benchmark, request.node, contestants, seconds, rows, facts | setting)
@@ -249,3 +256,5 @@ def _print(request, baseline: str, rows: dict[str, dict], facts: dict) -> None:
                 f"  {name:<28} {1e3 * row['seconds']:10.2f} ms   "
                 f"{row['ratio']:.3f} x {baseline}  [{low:.3f}, {high:.3f}]"
             )
+            if other := row.get("against"):
+                print(f"  {'':<28} {'':10}      {other['ratio']:.3f} x {other['name']}")

@@ -13,6 +13,7 @@ VERBS = {
     "export": "write a merged model for deployment, proven",
     "predict": "classify video files",
     "reparam": "merge a model's adapters into its weights, and prove it",
+    "visualize": "pictures of which frames and patches the heads look at",
 }
 
 

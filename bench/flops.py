@@ -65,8 +65,15 @@ def _attention(query_shape, key_shape, value_shape, *_args, out_shape=None, **_k
     return sdpa_flop_count(query_shape, key_shape, value_shape)
 
 
+def _native_attention(query_shape, *_args, out_shape=None, **_kwargs) -> int:
+    """`nn.MultiheadAttention` for inference: attention between its two projections."""
+    clips, tokens, width = query_shape
+    return 8 * clips * tokens * width * width + 4 * clips * tokens * tokens * width
+
+
 # What PyTorch's counter does not know: its own attention on the CPU, and our kernels.
 _ATTENTION = {
+    torch.ops.aten._native_multi_head_attention: _native_attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.zeroi2v.stdha: _stdha,
     torch.ops.zeroi2v.stdha_split: _stdha_split,

@@ -1,7 +1,8 @@
 """Other libraries' CLIP image towers, built in the shape and with the weights of a `VideoViT`.
 
 Each takes frames `[B, 3, H, W]`; `pooled` finds the normalised CLS token in what it returns, the
-features of `VideoViT` where its `temporal_embedding` is zero. ImportError if the library is absent.
+features of `VideoViT` where its `temporal_embedding` is zero. The weights are shared with `model`,
+not copied. ImportError if the library is absent.
 
 transformers, open_clip and timm import torchvision, whose compiled operators do not load beside a
 torch without CUDA. None of the models here needs them: declaring their names is enough. The project
@@ -43,7 +44,7 @@ def transformers_clip(model: VideoViT) -> nn.Module:
             attn_implementation="sdpa",
         )
     ).eval()
-    theirs.load_state_dict(_transformers_names(model, theirs))
+    theirs.load_state_dict(_transformers_names(model, theirs), assign=True)
     return theirs
 
 
@@ -72,7 +73,7 @@ def open_clip_vit(model: VideoViT) -> nn.Module:
     theirs = open_clip_tower(model.config)
     theirs.proj = None
     ours = model.state_dict()
-    theirs.load_state_dict({name: ours[name] for name in theirs.state_dict()})
+    theirs.load_state_dict({name: ours[name] for name in theirs.state_dict()}, assign=True)
     return theirs
 
 
@@ -94,7 +95,7 @@ def timm_vit(model: VideoViT) -> nn.Module:
         norm_layer=partial(nn.LayerNorm, eps=1e-5),
         act_layer=config.activation,
     ).eval()
-    theirs.load_state_dict(_timm_names(model))
+    theirs.load_state_dict(_timm_names(model), assign=True)
     return theirs
 
 

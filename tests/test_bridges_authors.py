@@ -9,7 +9,7 @@ from models import build, small_config
 
 from zeroi2v import load_foreign, merge, verify
 from zeroi2v.bridges.authors import offsets
-from zeroi2v.config import RECIPES
+from zeroi2v.config import RECIPES, Recipe
 from zeroi2v.reparam import seeded_clips
 
 SSV2 = "vit_b16_ssv2_16"
@@ -62,6 +62,57 @@ def test_recipe_takes_the_place_of_a_missing_config(tmp_path):
         assert torch.equal(ours(clips), model(clips))
     with pytest.raises(ValueError, match=f"recipe {recipe} has width 768"):
         load_foreign(path, recipe=recipe)
+
+
+def test_recipe_of_another_dataset_is_an_error_not_another_scale(tmp_path, monkeypatch):
+    small = {name: Recipe(model=small_config(name), top1=None, source="") for name in RECIPES}
+    for name, published in RECIPES.items():  # small widths, but the published numbers of classes
+        model = dataclasses.replace(small[name].model, num_classes=published.model.num_classes)
+        small[name] = dataclasses.replace(small[name], model=model)
+    monkeypatch.setattr("zeroi2v.config.RECIPES", small)
+    # Both of 32 frames on ViT-L; offsets and scale differ, and no tensor tells.
+    right, wrong = "vit_l14_k400_32x4", "vit_l14_ssv2_32"
+    model = build(small[right].model)
+    path = save_authors(tmp_path / "bare.pth", authors_state(model))
+    ours = load_foreign(path, recipe=right)
+    clips = seeded_clips(model, 1)
+    with torch.no_grad():
+        assert torch.equal(ours(clips), model(clips))
+    assert ours.config.preprocess == small[right].model.preprocess
+    with pytest.raises(ValueError, match=f"recipe {wrong} has num_classes 174, .* has 400: say"):
+        load_foreign(path, recipe=wrong)
+    assert load_foreign(path, recipe=right, num_classes=400).config == ours.config
+    for name in RECIPES:  # a recipe that fits is one whose offsets and scale are the model's
+        try:
+            other = load_foreign(path, recipe=name).config
+        except ValueError:
+            continue
+        assert (other.head_offsets, other.adapter) == (
+            ours.config.head_offsets,
+            ours.config.adapter,
+        )
+
+
+@pytest.mark.parametrize(
+    ("override", "rule"),
+    [
+        ({"adapter.scale": 0.5}, "adapter.scale must be 1.0, .*got 0.5"),
+        ({"head_offsets": [-1, 1] + [0] * 10}, r"head_offsets must be \(-1, 1, -2, 2, 0"),
+        ({"head_offsets": [0] * 12}, "head_offsets must be"),
+        ({"depth": 12}, "depth must be 3"),
+        ({"num_frames": 8}, "num_frames must be 16"),
+        ({"num_heads": 6}, "num_heads must be 12"),
+        ({"activation": "gelu"}, "activation must be quick_gelu"),
+        (
+            {"adapter": None},
+            "in_adapter.down.weight.* and 45 more, which its config has no place for",
+        ),
+    ],
+)
+def test_settings_that_contradict_the_checkpoint_are_errors(tmp_path, override, rule):
+    path = saved(tmp_path, trained_model(SSV2), SSV2)
+    with pytest.raises(ValueError, match=rule):
+        load_foreign(path, **override)
 
 
 # The five ways in which the released merge goes wrong without a word.

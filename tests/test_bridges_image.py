@@ -1,14 +1,19 @@
 """Image models of other libraries: the real library's model, random weights, the same features."""
 
+import dataclasses
 import json
 import warnings
+import zipfile
 
 import pytest
 import torch
 from foreign import open_clip_model, relative, shake, timm_model, transformers_config
+from models import build
 from safetensors.torch import save_file
 
 from zeroi2v import VideoViT, load_foreign, merge, verify
+from zeroi2v.checkpoint import load_backbone
+from zeroi2v.config import ModelConfig
 from zeroi2v.reparam import seeded_clips
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -45,8 +50,12 @@ def test_openai_state_dict_has_the_features_of_open_clips_loader(clip, tmp_path)
     assert ours.config.adapter is None and not any(ours.config.head_offsets)
 
 
-def test_openai_torchscript_archive_is_read_without_running_it(tmp_path):
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    """A TorchScript archive in fp16, as OpenAI publishes its CLIP."""
+    path = tmp_path_factory.mktemp("openai") / "ViT-B-16.pt"
     model = open_clip_model(quick_gelu=True)
+    model.__dict__["attn_mask"] = model._buffers.pop("attn_mask")  # no buffer in OpenAI's
     for name, tensor in openai_state({}).items():
         model.__dict__.pop(name, None)
         model.register_buffer(name, tensor)
@@ -54,11 +63,81 @@ def test_openai_torchscript_archive_is_read_without_running_it(tmp_path):
         warnings.simplefilter("ignore")
         inputs = (IMAGES, torch.ones(2, 8, dtype=int))
         scripted = torch.jit.trace(model, inputs, check_trace=False)
-        scripted.save(str(tmp_path / "ViT-B-16.pt"))
-    ours = load_foreign(tmp_path / "ViT-B-16.pt")
-    model.visual.proj = None
+        for tensor in (*scripted.parameters(), *scripted.buffers()):
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.half()
+        scripted.save(str(path))
+    return path
+
+
+def test_openai_torchscript_archive_has_the_features_of_open_clips_loader(archive):
+    from open_clip.openai import load_openai_model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = load_openai_model(str(archive), precision="fp32", device="cpu")
+    theirs.visual.proj = None
     with torch.no_grad():
-        assert relative(features(ours), model.visual(IMAGES)) <= 1e-5
+        expected = theirs.eval().visual(IMAGES)
+    ours = load_foreign(archive)
+    assert relative(features(ours), expected) <= 1e-5
+    assert (ours.config.activation, ours.config.num_heads) == ("quick_gelu", 2)
+
+
+def test_openai_torchscript_archive_runs_no_code(archive, tmp_path, monkeypatch):
+    for name in ("load", "_load_for_lite_interpreter"):
+        monkeypatch.setattr(torch.jit, name, lambda *a, **k: pytest.fail("it was run"), False)
+    broken = tmp_path / "ViT.pt"
+    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(broken, "w") as new:
+        for name in old.namelist():
+            code = "/code/" in name and not name.endswith(".debug_pkl")
+            new.writestr(name, b"this is no code" if code else old.read(name))
+    assert torch.equal(features(load_foreign(broken)), features(load_foreign(archive)))
+
+
+@pytest.mark.parametrize("source", ["archive", "state", "transformers", "timm"])
+@pytest.mark.parametrize("size", [32, 64])
+def test_training_starts_from_any_of_them_as_it_is(archive, clip, tmp_path, source, size):
+    import transformers
+
+    shape = dict(image_size=size, patch_size=8, width=128, depth=2, num_heads=2, num_frames=3)
+    config = ModelConfig(**shape, num_classes=5, head_offsets=(-1, 1))
+    path = tmp_path / "vit.pt"
+    if source == "archive":
+        path = archive
+    elif source == "state":
+        torch.save({"state_dict": clip}, path)
+    elif source == "transformers":
+        sizes = dict(hidden_size=128, intermediate_size=512, num_attention_heads=2)
+        theirs = shake(transformers.CLIPVisionModel(transformers_config(**sizes)))
+        theirs.save_pretrained(tmp_path)
+        path = tmp_path
+    else:
+        torch.save(timm_model().state_dict(), path)
+        config = dataclasses.replace(config, activation="gelu")
+    told = source in ("archive", "transformers")  # heads and activation
+    image = load_foreign(path, **({} if told else {"activation": config.activation}))
+    video = build(config)
+    notes = load_backbone(video, path)
+    assert any("format" in note for note in notes)
+    assert any("resized from 32 pixels" in note for note in notes) == (size != 32)
+    for name, tensor in image.state_dict().items():
+        resized = name == "positional_embedding" and size != 32
+        if not resized and not name.startswith(("temporal", "head")):
+            assert torch.equal(video.state_dict()[name], tensor)
+
+    other = "gelu" if config.activation == "quick_gelu" else "quick_gelu"
+    wrong = build(dataclasses.replace(config, activation=other))
+    heads = build(dataclasses.replace(config, num_heads=4, head_offsets=(-1, 1, 0, 0)))
+    if told:
+        with pytest.raises(ValueError, match=f"activation must be {config.activation}, as in"):
+            load_backbone(wrong, path)
+        with pytest.raises(ValueError, match="num_heads must be 2, as in"):
+            load_backbone(heads, path)
+    else:
+        given = f"activation {other} as given, which the file does not tell"
+        assert given in load_backbone(wrong, path)
+        assert any("against the convention of 2" in note for note in load_backbone(heads, path))
 
 
 def test_openai_resolution_that_contradicts_the_weights_is_an_error(clip, tmp_path):

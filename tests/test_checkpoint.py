@@ -112,6 +112,18 @@ def test_missing_unexpected_and_integer_tensors_are_errors(folder):
         load(folder)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_that_are_not_finite_are_an_error(folder, value, dtype):
+    def spoil(tensors):
+        tensors["ln_pre.bias"] = tensors["ln_pre.bias"].to(dtype)
+        tensors["ln_pre.bias"][7] = value
+
+    edit_tensors(folder, spoil)
+    with pytest.raises(ValueError, match="ln_pre.bias must be finite: it holds inf or nan"):
+        load(folder)
+
+
 def test_damaged_files_are_errors(folder, tmp_path):
     whole = (folder / WEIGHTS).read_bytes()
     for damaged in (whole[: len(whole) // 2], b"", b"not safetensors at all"):

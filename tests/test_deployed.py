@@ -3,11 +3,15 @@
 import dataclasses
 import io
 import json
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from models import build, small_config
 from videos import numbered_frame, write_numbered, write_video
 
@@ -17,6 +21,7 @@ from zeroi2v.data.decode import read_frames
 from zeroi2v.deployed import load_deployed
 from zeroi2v.timeline import draw_timeline, duration, timeline
 
+ROOT = Path(__file__).parents[1]
 LABELS = tuple(f"class {i}" for i in range(11))
 
 
@@ -55,6 +60,47 @@ def test_every_artefact_gives_the_same_top_5(place, capsys):
             for row, right in zip(result["topk"], expected["topk"], strict=True):
                 assert (row["label"], row["index"]) == (right["label"], right["index"])
                 assert row["probability"] == pytest.approx(right["probability"], rel=1e-3)
+
+
+def test_trained_model_gives_the_same_top_5_through_every_step_and_artefact(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for i in range(8):  # still pictures of one grey each; all that matters is that it trains
+        image = np.full((48, 48, 3), 20 + 30 * i, np.uint8)
+        write_video(tmp_path / f"{i}.mp4", [image + rng.integers(0, 9, image.shape, np.uint8)] * 6)
+    (tmp_path / "list.txt").write_text("".join(f"{i}.mp4 {i}\n" for i in range(8)))
+    (tmp_path / "names.txt").write_text("".join(f"grey {i}\n" for i in range(8)))
+    pixels = dict(sampling="uniform", val_short_side=32, test_short_side=32)
+    shape = dict(width=32, depth=2, num_heads=2, image_size=32, num_frames=4, num_classes=8)
+    config = {
+        "model": shape | {"head_offsets": [-1, 1], "preprocess": pixels},
+        "data": {"train_list": str(tmp_path / "list.txt"), "val_list": str(tmp_path / "list.txt"),
+                 "root": str(tmp_path), "labels": str(tmp_path / "names.txt"), "workers": 0},
+        "augment": None,
+        "optim": {"epochs": 6, "batch_size": 8, "micro_batch": 8, "lr": 3e-2},
+        "run": {"dir": str(tmp_path / "run")},
+    }  # fmt: skip
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    main = [sys.executable, str(ROOT / "train" / "main.py"), "--config", tmp_path / "config.yaml"]
+    subprocess.run(main, check=True, capture_output=True, timeout=200)
+
+    trained = load_deployed(tmp_path / "run")
+    adapters = [p for n, p in trained.named_parameters() if "_adapter.up.weight" in n]
+    assert len(adapters) == 8 and all(p.norm() > 0 for p in adapters)
+    assert cli.run(reparam.main, [str(tmp_path / "run"), "--out", str(tmp_path / "merged")]) == 0
+    for format, name in (("onnx", "model.onnx"), ("torch-export", "model.pt2")):
+        words = [str(tmp_path / "merged"), "--format", format, "--out", str(tmp_path / name)]
+        assert cli.run(export.main, words) == 0
+    capsys.readouterr()
+    answers = {}
+    for artefact in ("run", "merged", "model.onnx", "model.pt2"):
+        words = [tmp_path / f"{i}.mp4" for i in range(8)]
+        assert run(tmp_path / artefact, *words, "--json") == 0
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        answers[artefact] = [[row["label"] for row in line["topk"]] for line in lines]
+    assert len({str(top) for top in answers["run"]}) > 1  # it does tell videos apart
+    assert all(top[0].startswith("grey ") for top in answers["run"])
+    for other in ("merged", "model.onnx", "model.pt2"):
+        assert answers[other] == answers["run"]
 
 
 def test_folder_gives_every_video_in_it_and_names_the_bad_one(place, capsys):

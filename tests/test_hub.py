@@ -7,9 +7,10 @@ import pytest
 import yaml
 from models import build, small_config
 
-from zeroi2v import VideoViT, merge
-from zeroi2v.card import published_recipe
+from zeroi2v import VideoViT, merge, reparam
+from zeroi2v.card import model_card, published_recipe
 from zeroi2v.checkpoint import fetch, save
+from zeroi2v.cli import run
 from zeroi2v.config import RECIPES
 
 
@@ -66,6 +67,7 @@ def test_push_to_hub_uploads_what_save_pretrained_writes(tmp_path, monkeypatch):
             sent["repo"] = repo_id
             sent["model"] = VideoViT.from_pretrained(folder_path)
             sent["files"] = sorted(path.name for path in folder_path.iterdir())
+            sent["card"] = (folder_path / "README.md").read_text()
             return "url"
 
     monkeypatch.setattr(mixin, "HfApi", Api)
@@ -74,6 +76,15 @@ def test_push_to_hub_uploads_what_save_pretrained_writes(tmp_path, monkeypatch):
     assert sent["repo"] == "owner/model"
     assert sent["files"] == ["README.md", "config.json", "model.safetensors"]
     assert sent["model"].config == model.config
+
+    # What a run and the merge left beside a model goes along, and into the card.
+    figures = {"eval.json": json.dumps({"top1": 67.7, "n": 9}), "training.json": '{"data": "x"}'}
+    save(model, tmp_path / "best", figures)
+    assert run(reparam.main, [str(tmp_path / "best"), "--out", str(tmp_path / "merged")]) == 0
+    VideoViT.from_pretrained(tmp_path / "merged").push_to_hub("owner/merged")
+    assert {"eval.json", "training.json", "merge_report.json"} < set(sent["files"])
+    for line in ("| top-1 | 67.70 % of 9", "| training: data | x", "| merge, float32 | passed"):
+        assert line in sent["card"]
 
 
 def test_card_tells_recipe_preprocessing_and_where_the_model_is_from(tmp_path):
@@ -101,3 +112,9 @@ def test_card_tells_recipe_preprocessing_and_where_the_model_is_from(tmp_path):
         assert line in card
     for name, recipe in RECIPES.items():
         assert published_recipe(recipe.model) == name
+
+
+def test_card_refuses_what_is_not_json():
+    for text, rule in (("{", "eval.json must be JSON"), ("[]", "eval.json must be a JSON object")):
+        with pytest.raises(ValueError, match=rule):
+            model_card(small_config(), {"eval.json": text})

@@ -38,7 +38,7 @@ def model_card(config: ModelConfig, files: dict[str, str]) -> str:
         "weights": "adapted, not merged yet" if config.adapter else "merged or plain: no adapters",
         "recipe": f"as published: {recipe}" if recipe else "none of the published ones",
     }
-    rows |= _origins({name: json.loads(files[name]) for name in ORIGINS if name in files})
+    rows |= _origins({name: _parsed(name, files[name]) for name in ORIGINS if name in files})
     lines = [
         "---",
         *(
@@ -63,6 +63,16 @@ def model_card(config: ModelConfig, files: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
+def _parsed(name: str, text: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{name} must be JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{name} must be a JSON object: got {type(values).__name__}")
+    return values
+
+
 def published_recipe(config: ModelConfig) -> str | None:
     """The published recipe that has this architecture, sampling and adapters, if one has."""
     for name, recipe in RECIPES.items():
@@ -79,7 +89,7 @@ def _origins(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for key, value in found.get("training.json", {}).items():
         rows[f"training: {key}"] = value
-    if conversion := found.get("conversion.json"):
+    if "format" in (conversion := found.get("conversion.json", {})):
         rows["converted from"] = "; ".join([conversion["format"], *conversion.get("notes", [])])
     for check in found.get("merge_report.json", {}).get("checks", []):
         verdict = "passed" if check["passed"] else "FAILED"
@@ -90,7 +100,7 @@ def _origins(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     if figures := found.get("eval.json"):
         for key, name in (("top1", "top-1"), ("top5", "top-5"), ("mean_class", "mean class")):
             if figures.get(key) is not None:
-                rows[name] = f"{figures[key]:.2f} % of {figures['n']} videos"
+                rows[name] = f"{figures[key]:.2f} % of {figures.get('n', '?')} videos"
     return rows
 
 

@@ -34,8 +34,8 @@ def save(model: VideoViT, folder: str | Path, extra_files: dict[str, str] | None
     Args:
         model: adapted, merged or plain.
         folder: made if needed; an older model in it is replaced, any other content refused.
-        extra_files: text files to put beside the model, by name; the card tells what is in those
-            of `card.ORIGINS`.
+        extra_files: text files to put beside the model and its `origins`, by name; the card tells
+            what is in those of `card.ORIGINS`.
 
     Raises:
         ValueError: `folder` holds something other than a model.
@@ -46,12 +46,13 @@ def save(model: VideoViT, folder: str | Path, extra_files: dict[str, str] | None
         name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
     }
     config = {"format": "zeroi2v", "model": model.config.to_dict()}
-    card = model_card(model.config, extra_files or {})
-    files = {CONFIG: json.dumps(config, indent=2), CARD: card, **(extra_files or {})}
+    extra_files = model.origins | (extra_files or {})
+    card = model_card(model.config, extra_files)
+    files = {CONFIG: json.dumps(config, indent=2), CARD: card, **extra_files}
     with replacing(folder) as temporary:
         save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
         for name, text in files.items():
-            (temporary / name).write_text(text + "\n", encoding="utf-8")
+            (temporary / name).write_text(text.rstrip() + "\n", encoding="utf-8")
 
 
 def fetch(name: str | Path, **download) -> Path:
@@ -88,6 +89,8 @@ def load(folder: str | Path) -> VideoViT:
         model = VideoViT(config)
     check_state(state, dict(model.state_dict()), f"{folder / WEIGHTS}")
     model.load_state_dict(state, assign=True)
+    origins = (folder / name for name in ORIGINS)
+    model.origins = {f.name: f.read_text("utf-8", "replace") for f in origins if f.is_file()}
     return model.eval()
 
 
@@ -235,7 +238,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_state(state: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> None:
-    """Raises ValueError unless `state` has `expected`'s names and shapes, and holds finite floats."""
+    """Raises ValueError unless `state` has the names and shapes of `expected`, in finite floats."""
     if missing := [name for name in expected if name not in state]:
         raise ValueError(f"{where} lacks {_some(missing)}, which its config asks for")
     if unexpected := [name for name in state if name not in expected]:

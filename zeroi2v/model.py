@@ -36,6 +36,8 @@ class VideoViT(nn.Module, ModelHubMixin):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.origins: dict[str, str] = {}
+        """JSON texts by file name (`card.ORIGINS`) that are saved with it; empty it to train on."""
         width = config.width
         patch = config.patch_size
         self.conv1 = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)

@@ -99,6 +99,7 @@ def merge(model: VideoViT, dtype: torch.dtype | None = None) -> VideoViT:
                 state[weight], state[bias] = rule(state[weight], state[bias], adapter)
     state = {name: state[name].to(dtype, copy=True) for name in merged.state_dict()}
     merged.load_state_dict(state, assign=True)
+    merged.origins = dict(model.origins)
     return merged.eval()
 
 

@@ -121,6 +121,8 @@ def main(argv: list[str] | None = None) -> int:
                 check_import(side)
             turns = [(file, i) for file in files for i in range(arguments.passes)]
             for file, i in tqdm(turns, unit="pair of runs"):
+                if i and not (runs[root][-1] or runs[ROOT][-1]):
+                    continue  # `-k` selects nothing of this file, or it fails on both sides
                 for side in (root, ROOT)[:: 1 if i % 2 == 0 else -1]:
                     seconds, error = measure(side, file, options)
                     runs[side].append(seconds)

@@ -63,10 +63,8 @@ def device() -> str:
 
 
 @pytest.fixture(scope="session")
-def setting(request, timed) -> dict | None:
-    """Machine card with measured ceilings, commit and command: measured before the first bench."""
-    if not timed:
-        return None
+def setting(request) -> dict:
+    """Machine card with ceilings, commit and command: measured before anything else is timed."""
     ceilings = machine.ceilings(min(2.0, request.config.getoption("--seconds") / 10))
     card = machine.machine_card() | {"ceilings": ceilings}
     command = "pytest " + " ".join(sys.argv[1:])
@@ -74,15 +72,16 @@ def setting(request, timed) -> dict | None:
 
 
 @pytest.fixture
-def store(request, setting):
+def store(request, timed):
     """A function `store(rows=None, **facts)` that keeps figures of a bench under its name.
 
     `rows` maps names (of models, cases) to figures. Nothing is kept without `--benchmark`.
     """
 
     def keep(rows: dict[str, dict] | None = None, **facts) -> None:
-        if setting is None:
+        if not timed:
             return
+        setting = request.getfixturevalue("setting")
         folder = request.config.getoption("--results")
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{setting['machine']['slug']}.json"
@@ -104,7 +103,7 @@ def store(request, setting):
 
 
 @pytest.fixture
-def compare(request, benchmark, setting, store, timed):
+def compare(request, benchmark, store, timed):
     """A function that checks contestants and times them in interleaved rounds.
 
     compare(contestants, baseline, check=None, absent=None, device=None, graph=False, memory=False,
@@ -163,6 +162,7 @@ def compare(request, benchmark, setting, store, timed):
             del output
         if not timing:
             return None
+        setting = request.getfixturevalue("setting")
         seconds = _interleave(request.config, benchmark, contestants, device, rounds)
         for key in [k for k, v in facts.items() if isinstance(v, dict) and set(v) <= set(rows)]:
             for name, value in facts.pop(key).items():
@@ -176,6 +176,7 @@ def compare(request, benchmark, setting, store, timed):
             summary = measure.summary(seconds[name], seconds[other])
             ratios = {key: summary[key] for key in ("ratio", "ratio_quartiles")}
             rows[name]["against"] = dict(name=other, **ratios)
+        facts = dict(threads=torch.get_num_threads()) | facts
         facts |= dict(baseline=baseline, rounds=len(seconds[baseline]), device=device)
         if benchmark is not None:
             _hand_over(benchmark, request.node, contestants, seconds, rows, facts | setting)

@@ -20,10 +20,10 @@ from bench.measure import interleave
 PACKAGES = (
     "torch triton flash-attn deepspeed av transformers timm open_clip_torch torchcodec decord"
 ).split()
-MATRIX = {"cpu": 3072, "cuda": 8192}
+MATRIX = {"cpu": 2048, "cuda": 8192}
 """Rows and columns of the large matmul."""
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
-COPY_BYTES = 2**30
+COPY_BYTES = 2**29
 """Size of the large copy, beyond every cache."""
 
 

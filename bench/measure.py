@@ -39,7 +39,7 @@ def interleave(
     least, most = (rounds, rounds) if rounds else ROUNDS[device]
     start, done = time.perf_counter(), 0
     while done < least or (
-        done < most and time.perf_counter() - start < budget * done / (done + 1)
+        done < most and time.perf_counter() - start <= budget * done / (done + 1)
     ):
         shift = done % len(names)
         for name in names[shift:] + names[:shift]:

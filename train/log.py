@@ -123,20 +123,25 @@ def start_wandb(folder: Path, project: str, config: dict[str, Any] | None) -> An
     """The run of W&B for run folder `folder`: begun, or gone on with if the folder has had one.
 
     Steps that a resumed run repeats, W&B leaves out. `WANDB_MODE=offline` is obeyed by `wandb`.
+    Raises ValueError if W&B can't be begun, for want of a key or of the network.
     """
     import wandb
 
     path = folder / "wandb_id.txt"
     if not path.exists():
         write_whole(path, uuid.uuid4().hex[:12] + "\n")
-    return wandb.init(
-        project=project,
-        id=path.read_text(encoding="utf-8").strip(),
-        name=folder.name,
-        dir=str(folder),
-        config=config,
-        resume="allow",
-    )
+    try:
+        return wandb.init(
+            project=project,
+            id=path.read_text(encoding="utf-8").strip(),
+            name=folder.name,
+            dir=str(folder),
+            config=config,
+            resume="allow",
+        )
+    except wandb.Error as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"run.wandb can't start: {reason}") from None
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

@@ -235,7 +235,7 @@ def draw_confusion(path: Path, confusion: list[list[int]], labels: tuple[str, ..
     counts = torch.tensor(confusion, dtype=torch.float64)
     share = 100 * counts / counts.sum(1, keepdim=True).clamp_min(1)
     size = len(confusion)
-    side = min(16.0, 3.5 + 0.25 * size)
+    side = min(16.0, 3.5 + 0.25 * min(size, 15) + 0.15 * max(0, size - 15))
     figure, axes = pyplot.subplots(figsize=(side + 0.8, side), layout="constrained")
     picture = axes.imshow(share.numpy(), vmin=0, vmax=100, cmap="Blues")
     figure.colorbar(picture, label="% of the true class", shrink=0.8)

@@ -4,7 +4,7 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check
 # One OpenMP thread per process unless told: several processes with many threads each spin for hours.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: all demo test bench check clean
+.PHONY: all demo test bench bench-compare check clean
 all: .venv/installed
 
 .venv/installed: setup.py constraints.txt
@@ -20,8 +20,17 @@ demo: .venv/installed
 test: .venv/installed check
 	.venv/bin/python -m pytest tests
 
-bench: .venv/installed
-	.venv/bin/python -m pytest bench
+# Times what can be timed here and renders the report: in .venv if there is one, else with PYTHON,
+# which needs torch, triton, pytest, numpy, einops, safetensors, huggingface_hub, pyyaml and tqdm only.
+# BENCH holds options of pytest: make bench BENCH='-k zero_cost'
+BENCH_PYTHON = PYTHONPATH=.:kernels $(if $(wildcard .venv/installed),.venv/bin/python,$(PYTHON))
+bench:
+	@status=0; $(BENCH_PYTHON) -m pytest bench --benchmark $(BENCH) || status=$$?; \
+	$(BENCH_PYTHON) -m bench.report && exit $$status
+
+# How many times the time of BASE each bench takes now: make bench-compare BASE=HEAD~1 BENCH='-k stdha'
+bench-compare:
+	@$(BENCH_PYTHON) -m bench.compare_commits $(or $(BASE),$(error set BASE, a commit)) $(BENCH)
 
 check: .venv/installed
 	.venv/bin/ruff check .

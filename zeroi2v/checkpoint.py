@@ -202,6 +202,7 @@ def replacing(folder: Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in temporary.iterdir():
+            file.chmod(0o644)  # safetensors lets its owner alone read it
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
         if folder.exists():

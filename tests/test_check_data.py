@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from zeroi2v import check_data
 from zeroi2v.check_data import main
 from zeroi2v.cli import run
 from zeroi2v.data.annotations import Sample, read_list
-from zeroi2v.data.manifest import inspect_video, known_bad_files, read_manifest
+from zeroi2v.data.manifest import inspect_video, read_manifest, use_manifest
 
 
 @pytest.fixture
@@ -140,18 +141,23 @@ def test_a_file_that_kills_its_process_is_a_bad_one(dataset, monkeypatch):
     assert len(rows) == 4
 
 
-def test_training_leaves_out_known_bad_files_unless_they_have_changed(dataset, tmp_path):
+def test_a_manifest_tells_bad_files_and_numbers_of_frames_unless_they_have_changed(
+    dataset, tmp_path
+):
     run(main, arguments(dataset))
     samples = read_list(dataset.list, dataset.root)
     bad = f"{dataset.root}/bad.mp4"
-    known = known_bad_files(samples, dataset.out, dataset.root)
-    assert list(known) == [bad] and known[bad].startswith(f"{bad}: Invalid data found")
+    known, reasons = use_manifest(samples, dataset.out, dataset.root)
+    assert [s.frames for s in known] == [10, 11, None, 12]
+    assert [replace(s, frames=None) for s in known] == samples
+    assert list(reasons) == [bad] and reasons[bad].startswith(f"{bad}: Invalid data found")
     write_numbered(bad, 3)
-    assert known_bad_files(samples, dataset.out, dataset.root) == {}
+    assert use_manifest(samples, dataset.out, dataset.root) == (known, {})
     with pytest.raises(ValueError, match="m.jsonl must be a manifest of the list, made with the"):
-        known_bad_files(samples, dataset.out, tmp_path / "elsewhere")
+        use_manifest(samples, dataset.out, tmp_path / "elsewhere")
+    assert use_manifest(samples, dataset.out, tmp_path, of_this_list=False) == (samples, {})
     with pytest.raises(OSError, match="nowhere"):
-        known_bad_files(samples, tmp_path / "nowhere", dataset.root)
+        use_manifest(samples, tmp_path / "nowhere", dataset.root)
 
 
 def test_facts_of_real_files_are_those_of_their_manifest(clips):

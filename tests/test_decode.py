@@ -7,7 +7,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from videos import numbered_frame, read_number, write_numbered, write_video
+from videos import hide_frame, numbered_frame, read_number, write_numbered, write_video
 
 from zeroi2v.data import decode
 from zeroi2v.data.decode import DecodeError, read_frames
@@ -58,7 +58,8 @@ def whole_decode(path, wanted):
         ("vp9.webm", "libvpx-vp9", {"g": "12", "deadline": "realtime", "cpu-used": "8"}, True),
         ("mpeg4.avi", "mpeg4", {"g": "12", "bf": "2"}, False),
         ("ts.ts", "libx264", {"g": "12"}, False),
-        ("mjpeg.avi", "mjpeg", {}, False),
+        ("mjpeg.avi", "mjpeg", {}, True),
+        ("vp8.webm", "libvpx", {"g": "12", "deadline": "realtime"}, True),
     ],
 )
 def test_each_frame_of_a_made_video_is_found(tmp_path, monkeypatch, name, codec, options, seeks):
@@ -67,6 +68,20 @@ def test_each_frame_of_a_made_video_is_found(tmp_path, monkeypatch, name, codec,
     for wanted in ([0], [49], [11, 12, 13], [30, 2, 30, 47], range(50)):
         frames = read_frames(path, lambda total, wanted=wanted: np.array(wanted))
         assert [read_number(frame) for frame in frames] == list(wanted)
+
+
+def test_a_packet_whose_frame_is_hidden_is_not_counted(tmp_path):
+    plain = write_numbered(tmp_path / "v.webm", 30, "libvpx", g="12", deadline="realtime")
+    path = hide_frame(plain, tmp_path / "hidden.webm", 7)
+    totals = []
+
+    def all_of_them(total):
+        totals.append(total)
+        return np.arange(total)
+
+    frames = read_frames(path, all_of_them)
+    assert totals == [30, 29]
+    assert [read_number(frame) for frame in frames] == [i for i in range(30) if i != 7]
 
 
 def test_frames_take_the_shape_of_the_indices(tmp_path):
@@ -140,7 +155,8 @@ def test_intact_files_give_the_frames_of_a_whole_decode(clips, monkeypatch):
             assert np.array_equal(got[i], frame), (row["file"], i)
 
         container = {"matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2"} & {row["container"]}
-        seekable = container and row["codec"] in ("h264", "hevc", "av1", "vp9")
+        seekable = container and row["codec"] in ("h264", "hevc", "av1", "vp8", "vp9")
+        seekable = seekable or (row["container"], row["codec"]) == ("avi", "mjpeg")
         seekable = bool(seekable) and row["file"] not in NOT_SEEKABLE
         assert (str(path) not in in_order) == seekable, row["file"]
 
@@ -157,6 +173,36 @@ def test_the_true_number_of_frames_counts_where_the_header_lies(clips):
     assert totals == [75, 74]
     want, count = whole_decode(path, {73})
     assert count == 74 and np.array_equal(last, want[73])
+
+
+@pytest.mark.parametrize("name", ["v.mp4", "v.avi"])
+def test_a_known_number_of_frames_is_believed_until_the_file_says_otherwise(
+    tmp_path, monkeypatch, name
+):
+    path = write_numbered(tmp_path / name, 40, "libx264" if name == "v.mp4" else "mpeg4")
+    decoded = []
+    one = decode._Converter.__call__
+    monkeypatch.setattr(decode._Converter, "__call__", lambda *a: decoded.append(1) or one(*a))
+    for known, totals in ((40, [40]), (38, [38]), (43, [43, 40])):
+        asked = []
+
+        def last(total, asked=asked):
+            asked.append(total)
+            return np.array([3, total - 1])
+
+        frames = read_frames(path, last, frames=known)
+        assert asked == totals and [read_number(f) for f in frames] == [3, totals[-1] - 1]
+    forbid(monkeypatch, "_decode_by_seek")
+    if name == "v.avi":  # what lies behind the last wanted frame is not decoded
+        count = []
+        whole = decode.all_frames
+        monkeypatch.setattr(
+            decode, "all_frames", lambda *a: (count.append(1) or f for f in whole(*a))
+        )
+        for known, most in ((40, 7), (None, 40)):
+            count.clear()
+            read_frames(path, lambda total: np.array([5, 2]), frames=known)
+            assert len(count) <= most and (known or len(count) == 40)
 
 
 @pytest.mark.parametrize(

@@ -4,20 +4,24 @@ import dataclasses
 import gc
 import multiprocessing
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from deadly import DeadlySource
 from PIL import Image, ImageEnhance, ImageOps
 from videos import numbered_frame, read_number, write_numbered, write_video
 
 from zeroi2v.config import ModelConfig, PreprocessConfig
-from zeroi2v.data import frame_cache, source
+from zeroi2v.data import augment as changes
+from zeroi2v.data import frame_cache, pipeline, source
 from zeroi2v.data.annotations import Sample
 from zeroi2v.data.decode import DecodeError, read_frames
 from zeroi2v.data.pipeline import AugmentConfig, ClipLoader, check_bad_files
@@ -63,8 +67,8 @@ def assert_same(left, right):
     left, right = list(left), list(right)
     assert len(left) == len(right)
     for a, b in zip(left, right, strict=True):
-        assert torch.equal(a.index, b.index) and torch.equal(a.label, b.label)
-        assert torch.equal(a.video, b.video)
+        for name in ("index", "label", "target", "video"):
+            assert torch.equal(getattr(a, name), getattr(b, name)), name
 
 
 def pixels(video, process: PreprocessConfig) -> np.ndarray:
@@ -371,13 +375,13 @@ def pil_operation(name: str, image: np.ndarray, signed: float, grey: int = 128) 
     return np.asarray(picture)
 
 
-@pytest.mark.parametrize("name", source.RAND_AUGMENT)
+@pytest.mark.parametrize("name", changes.RAND_AUGMENT)
 @pytest.mark.parametrize("signed", [0.7, -0.55])
 def test_each_rand_augment_operation_equals_pils(tmp_path, monkeypatch, name, signed):
     path, image = still_video(tmp_path / "v.mp4", np.random.default_rng(3))
-    kind, value, numbers = source._operation(name, abs(signed), signed, 64)
+    kind, value, numbers = changes._operation(name, abs(signed), signed, 64)
     row = np.zeros((1, 11), np.float32)
-    row[0, :2] = source.KINDS.index(kind), value
+    row[0, :2] = changes.KINDS.index(kind), value
     row[0, 2 : 2 + len(numbers)] = numbers
     monkeypatch.setattr(source, "draw_ops", lambda *args: row)
     augment = AugmentConfig(
@@ -389,7 +393,7 @@ def test_each_rand_augment_operation_equals_pils(tmp_path, monkeypatch, name, si
     want = pil_operation(name, image, signed)
     # The two blend differently along the border of the picture and of what an operation uncovers.
     inside = np.full((64, 64), True)
-    if name in source.RAND_AUGMENT[:5]:
+    if name in changes.RAND_AUGMENT[:5]:
         inside = pil_operation(name, np.full_like(image, 255), signed, grey=0)[..., 0]
         shifted = [np.roll(inside, s, axis) for s in (-1, 1) for axis in (0, 1)]
         inside = np.all([np.isin(x, (0, 255)) & (x == inside) for x in shifted], axis=0)
@@ -403,14 +407,14 @@ def test_each_rand_augment_operation_equals_pils(tmp_path, monkeypatch, name, si
 def test_operations_are_distinct_applied_half_the_time_and_of_the_asked_strength():
     augment = AugmentConfig(rand_augment_ops=4, rand_augment_magnitude=7)
     rng = np.random.default_rng(0)
-    rows = np.stack([source.draw_ops(rng, 64, augment) for _ in range(6000)])
+    rows = np.stack([changes.draw_ops(rng, 64, augment) for _ in range(6000)])
     assert rows.shape == (6000, 4, 11) and rows.dtype == np.float32
     kinds = rows[..., 0].astype(int)
     assert abs((kinds == 0).mean() - 0.5) < 0.02
-    for kind, name in enumerate(source.KINDS[2:], 2):
+    for kind, name in enumerate(changes.KINDS[2:], 2):
         assert abs((kinds == kind).sum() / (0.5 * kinds.size / 14) - 1) < 0.15, name
         assert ((kinds == kind).sum(axis=1) <= 1).all()
-    factors = rows[kinds == source.KINDS.index("brightness")][:, 1]
+    factors = rows[kinds == changes.KINDS.index("brightness")][:, 1]
     assert abs(np.abs(factors - 1).mean() - 0.63) < 0.01
     assert 0.01 < np.abs(factors - 1).std() < 0.07 and 0.4 < (factors > 1).mean() < 0.6
 
@@ -432,7 +436,7 @@ def test_erasing_covers_one_grey_rectangle_of_the_whole_clip(samples):
 
 def test_random_crops_keep_to_area_and_ratio_and_reach_everywhere():
     rng, augment = np.random.default_rng(0), AugmentConfig()
-    boxes = np.array([source.draw_crop(rng, 120, 160, augment) for _ in range(4000)])
+    boxes = np.array([changes.draw_crop(rng, 120, 160, augment) for _ in range(4000)])
     top, left, height, width = boxes.T
     assert (top >= 0).all() and (top + height <= 120).all()
     assert (left >= 0).all() and (left + width <= 160).all()
@@ -443,7 +447,7 @@ def test_random_crops_keep_to_area_and_ratio_and_reach_everywhere():
     assert (top + height).max() == 120 and (left + width).max() == 160
     # No crop of that ratio fits: the centre square.
     wide = AugmentConfig(crop_scale=(0.9, 1.0))
-    assert source.draw_crop(rng, 10, 100, wide) == (0, 45, 10, 10)
+    assert changes.draw_crop(rng, 10, 100, wide) == (0, 45, 10, 10)
 
 
 # Bad files
@@ -647,3 +651,67 @@ def test_workers_do_not_outlive_a_killed_process(samples):
     while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+
+
+@pytest.mark.parametrize("how", ["deadly", "endless"])
+def test_a_file_that_kills_or_hangs_its_worker_is_named_and_replaced(
+    samples, tmp_path, monkeypatch, how
+):
+    path = str(shutil.copy(samples[3].path, tmp_path / f"{how}.mp4"))
+    mixed = [*samples[:3], Sample(path, 3), *samples[4:]]
+    monkeypatch.setattr(pipeline, "ClipSource", DeadlySource)
+    common = dict(batch_size=2, augment=FULL, seed=4, timeout=1.0)
+    loader = ClipLoader(mixed, config(), workers=2, **common)
+    batches = list(loader.epoch(0)) + list(loader.epoch(1))
+    index = torch.cat([batch.index for batch in batches])
+    assert len(batches) == 12 and 3 not in index
+    verb = {"deadly": "crashes", "endless": "hangs"}[how]
+    assert loader.bad_files == {path: f"{path}: {verb} the decoder"}
+    # Known to be bad, it is replaced as any bad file is.
+    want = ClipLoader(mixed, config(), **common)
+    want.plan = dataclasses.replace(want.plan, fatal=loader.bad_files)
+    assert_same(batches, [*want.epoch(0), *want.epoch(1)])
+
+
+def test_workers_that_are_killed_for_no_fault_of_a_file_are_replaced_once_a_batch(samples):
+    plain = list(ClipLoader(samples, config(), batch_size=2, augment=FULL).epoch())
+    loader = ClipLoader(samples, config(), batch_size=2, augment=FULL, workers=2)
+    before, got = set(multiprocessing.active_children()), []
+    for batch in loader.epoch():
+        got.append(batch)
+        if len(got) in (1, 3):
+            victims = sorted(set(multiprocessing.active_children()) - before, key=id)
+            for child in victims[: len(got)]:
+                child.kill()
+                child.join()
+    assert_same(got, plain)
+    assert loader.bad_files == {}
+    batches = loader.epoch()
+    next(batches)
+    build = loader._build
+
+    def broken(*args):
+        pipeline = build(*args)
+        for child in loader._children:
+            child.kill()
+            child.join()
+        return pipeline
+
+    loader._build = broken
+    for child in loader._children:
+        child.kill()
+        child.join()
+    with pytest.raises(RuntimeError, match="a decoding process was killed"):
+        list(batches)
+
+
+def test_memory_stays_flat_over_many_clips(samples):
+    """A leak of one frame a clip would be 24 MB."""
+    loader = ClipLoader(samples * 62, config(), batch_size=2, augment=FULL)
+    sizes = []
+    for number, _ in enumerate(loader.epoch()):
+        if number % 50 == 49:
+            gc.collect()
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            sizes.append(pages * resource.getpagesize() / 2**20)
+    assert len(sizes) == 8 and sizes[-1] - sizes[1] < 8, sizes

@@ -50,3 +50,17 @@ def write_numbered(
 ) -> str:
     """A video of `count` numbered frames, `size` (height, width)."""
     return write_video(path, [numbered_frame(i, *size) for i in range(count)], codec, **options)
+
+
+def hide_frame(source: str, path: Path, number: int) -> str:
+    """A copy of a VP8 video whose packet of that number holds a frame that is never shown."""
+    with av.open(source) as video, av.open(str(path), "w") as container:
+        stream = container.add_stream_from_template(video.streams.video[0], opaque=True)
+        for i, old in enumerate(p for p in video.demux(video=0) if p.size):
+            data = bytearray(bytes(old))
+            data[0] &= 0xFF if i != number else ~16  # bit show_frame
+            packet = av.Packet(bytes(data))
+            packet.stream, packet.time_base = stream, old.time_base
+            packet.pts, packet.dts, packet.is_keyframe = old.pts, old.dts, old.is_keyframe
+            container.mux(packet)
+    return str(path)

@@ -79,6 +79,9 @@ class DataConfig:
     """Seconds after which a video that is still being decoded counts as bad; None: no limit."""
     manifest: str | None = None
     """What `check_data` wrote; training videos that it knows to be bad are left out."""
+    decoder: Literal["auto", "dali", "pyav"] = "auto"
+    """`pyav`: PyAV decodes; `auto`: on a GPU, through DALI, its hardware decodes what it can of the
+    videos that `manifest` knows to be whole; `dali`: of all, though it does not notice damage."""
     cache: str | None = None
     """Folder to keep whole decoded videos in, about 260 kB a frame; for small datasets."""
     filename_tmpl: str | None = None

@@ -17,7 +17,7 @@ from train.config import RunConfig, differences, load_config
 from train.engine import cores_per_process, read_record, say
 from zeroi2v.checkpoint import load_backbone
 from zeroi2v.data.annotations import Sample, class_names, read_list
-from zeroi2v.data.manifest import known_bad_files
+from zeroi2v.data.manifest import use_manifest
 from zeroi2v.data.pipeline import ClipLoader, check_bad_files
 from zeroi2v.model import Block, VideoViT
 
@@ -47,7 +47,7 @@ def prepare(config: RunConfig, device: torch.device) -> Job:
     )
     samples, known_bad = read(data.train_list, data.root), {}
     if data.manifest is not None:
-        known_bad = known_bad_files(samples, data.manifest, data.root)
+        samples, known_bad = use_manifest(samples, data.manifest, data.root)
         check_bad_files(known_bad, len(samples), data.max_bad_fraction)
         samples = [sample for sample in samples if sample.path not in known_bad]
     if data.shots is not None:
@@ -56,6 +56,8 @@ def prepare(config: RunConfig, device: torch.device) -> Job:
     if data.val_list is not None:
         val_root = data.root if data.val_root is None else data.val_root
         val_samples = read(data.val_list, val_root)
+        if data.manifest is not None:
+            val_samples, _ = use_manifest(val_samples, data.manifest, val_root, of_this_list=False)
     if config.run.wandb is not None and find_spec("wandb") is None:
         raise ValueError("run.wandb needs the package wandb: pip install wandb")
     video = replace(config.model.video, labels=class_labels(config))
@@ -69,6 +71,7 @@ def prepare(config: RunConfig, device: torch.device) -> Job:
         seed=config.run.seed,
         timeout=data.timeout,
         cache=data.cache,
+        decoder=data.decoder,
     )
     loader = ClipLoader(
         samples, video, mode="train", augment=config.augment, accumulation=accumulation, **common
@@ -105,6 +108,7 @@ def prepare(config: RunConfig, device: torch.device) -> Job:
         f"machine     {device.type}, {optim.precision}, ZeRO stage {optim.zero_stage}, "
         f"{torch.get_num_threads()} threads and {workers} decoding workers for each process"
     )
+    say(f"decoder     {loader.decoder}")
     return Job(config, device, model, loader, val_loader, samples, val_samples, record)
 
 

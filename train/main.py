@@ -217,9 +217,9 @@ def train(job: Job, signals: StopSignals) -> int:
             batch = next(batches)
             waited += time.perf_counter() - asked
             video = batch.video.squeeze(1).to(device, dtype, non_blocking=True)
-            label = batch.label.to(device, non_blocking=True)
+            target = batch.target.to(device, non_blocking=True)
             logits = engine(video).float()
-            loss = F.cross_entropy(logits, label, label_smoothing=optim.label_smoothing)
+            loss = F.cross_entropy(logits, target, label_smoothing=optim.label_smoothing)
             engine.backward(loss)
             engine.step()  # updates the weights after the last of them
             loss_sum += loss.detach()

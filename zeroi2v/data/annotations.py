@@ -38,6 +38,8 @@ class Sample:
     """Of a folder of images: frames to leave out at the beginning, frames to use; None for all."""
     filename_tmpl: str | None = None
     """Of a folder of images: their names, such as `img_{:05}.jpg`; None to find out."""
+    frames: int | None = None
+    """Frames that decoding the whole file gives, where a manifest tells; None to find out."""
 
 
 def read_list(

@@ -34,17 +34,17 @@ MAX_PIXELS = 2**26
 MAX_CLIP_BYTES = 4 * 2**30
 """Largest size accepted of all frames of a clip, in bytes of RGB."""
 
-# Containers and codecs in which each packet is one shown frame. Not so: fields in mpegts, hidden
-# frames in vp8, packed B-frames in avi.
-SEEKABLE = {"mov,mp4,m4a,3gp,3g2,mj2": {"h264", "hevc", "av1"}}
-SEEKABLE["matroska,webm"] = SEEKABLE["mov,mp4,m4a,3gp,3g2,mj2"] | {"vp9"}
+# Containers and codecs in which each packet is one shown frame. Not so: fields in mpegts, packed
+# B-frames in avi. (Hidden frames of vp8 have packets of their own: `read_index` looks for them.)
+SEEKABLE = {"mov,mp4,m4a,3gp,3g2,mj2": {"h264", "hevc", "av1", "mjpeg"}, "avi": {"mjpeg"}}
+SEEKABLE["matroska,webm"] = SEEKABLE["mov,mp4,m4a,3gp,3g2,mj2"] | {"vp8", "vp9"}
 
 
 class DecodeError(ValueError):
     """A video that cannot give the wanted frames; the message names the file and the reason."""
 
 
-class _Surprise(Exception):
+class Surprise(Exception):
     """The file is not what the packet index promised."""
 
 
@@ -65,7 +65,7 @@ class Limit:
 
 
 @dataclass(slots=True)
-class _Index:
+class Index:
     """What reading all packets without decoding tells about a video."""
 
     pts: list[int | None]
@@ -75,6 +75,8 @@ class _Index:
     """Packets that become frames, in order of their time stamps (of the file without any)."""
     times: np.ndarray
     """Times of those frames in seconds, the first at 0."""
+    frame_rate: float
+    """Frames a second, by the header; 25 where it says nothing."""
     seekable: bool
 
 
@@ -84,13 +86,19 @@ def read_frames(
     start: float | None = None,
     end: float | None = None,
     timeout: float | None = None,
+    frames: int | None = None,
+    cut: Callable | None = None,
 ) -> np.ndarray:
     """Decodes the frames that `choose` picks, each once, however often it is picked.
 
     `choose(total)` returns an integer array of any shape of indices in 0..total-1; `total` counts
     the frames of the file, or those with start <= time < end (seconds from the first frame) if
     given. It may be called a second time, with the right total, for a file whose frames turn
-    out to be more or fewer than its packets, so it must depend on nothing but `total`.
+    out to be more or fewer than its packets, so it must depend on nothing but `total`. `frames`
+    is how many a decode of the whole file gives, where that is known already: it saves counting.
+    `cut(container, stream, index, wanted, limit)` may find that the frames `wanted`, positions in
+    `index.shown`, are better decoded elsewhere (`gop.py`): what it returns, unless None, is
+    returned in the place of frames.
     Returns RGB, uint8 [*indices.shape, H, W, 3], turned as the file asks. Raises DecodeError if
     the file is missing, damaged where it matters, without video, larger than `MAX_SIDE` or
     `MAX_PIXELS`, or takes longer than `timeout` seconds.
@@ -100,18 +108,18 @@ def read_frames(
         container, stream = open_video(path, limit, err_detect="explode")
         with container:
             index = read_index(container, stream, limit)
-            if index.seekable:
+            if index.seekable and frames in (None, len(index.shown)):
                 first, total = _window(index.times, start, end)
                 wanted = np.asarray(choose(total)) + first
                 codec = stream.codec_context
                 check_clip_size((codec.height, codec.width, 3), wanted.size)
                 try:
-                    frames = _decode_by_seek(container, stream, index, wanted, limit)
-                except (_Surprise, av.FFmpegError):
+                    if cut and (part := cut(container, stream, index, wanted, limit)) is not None:
+                        return part
+                    return _pack(_decode_by_seek(container, stream, index, wanted, limit), wanted)
+                except (Surprise, av.FFmpegError):
                     pass
-                else:
-                    return _pack(frames, wanted)
-        return _decode_in_order(path, index.times, choose, start, end, limit)
+        return _decode_in_order(path, index, frames, choose, start, end, limit)
     except DecodeError as error:
         raise DecodeError(f"{path}: {error}") from None
     except (av.FFmpegError, OSError) as error:
@@ -159,9 +167,10 @@ def open_video(path: str, limit: Limit, **codec_options: str):
     return container, stream
 
 
-def read_index(container, stream, limit: Limit) -> _Index:
+def read_index(container, stream, limit: Limit) -> Index:
     pts, dts, is_key, discard = [], [], [], []
-    damaged = False
+    name = stream.codec_context.codec.canonical_name
+    damaged = hidden = False
     try:
         for packet in container.demux(stream):
             limit.check()
@@ -170,6 +179,7 @@ def read_index(container, stream, limit: Limit) -> _Index:
                 dts.append(packet.dts)
                 is_key.append(packet.is_keyframe)
                 discard.append(packet.is_discard)
+                hidden |= name == "vp8" and not memoryview(packet)[0] & 16  # bit show_frame
     except av.FFmpegError:
         damaged = True
     except IndexError:  # what PyAV raises if the chosen stream is not among those of the file
@@ -179,18 +189,15 @@ def read_index(container, stream, limit: Limit) -> _Index:
         raise DecodeError("holds no frame")
     stamps = [pts[i] for i in shown]
     complete = None not in stamps and len(set(stamps)) == len(stamps)
+    frame_rate = float(stream.average_rate or 25)
     if complete:
         shown.sort(key=pts.__getitem__)
         times = (np.array(sorted(stamps)) - min(stamps)) * float(stream.time_base)
     else:
-        times = np.arange(len(shown)) / _frame_rate(stream)
+        times = np.arange(len(shown)) / frame_rate
     codecs = SEEKABLE.get(container.format.name, ())
-    seekable = complete and not damaged and stream.codec_context.codec.canonical_name in codecs
-    return _Index(pts, dts, is_key, shown, times, seekable)
-
-
-def _frame_rate(stream) -> float:
-    return float(stream.average_rate or 25)
+    seekable = complete and not damaged and not hidden and name in codecs
+    return Index(pts, dts, is_key, shown, times, frame_rate, seekable)
 
 
 def _window(times: np.ndarray, start: float | None, end: float | None) -> tuple[int, int]:
@@ -202,34 +209,34 @@ def _window(times: np.ndarray, start: float | None, end: float | None) -> tuple[
     return first, last - first
 
 
-def _decode_by_seek(container, stream, index: _Index, wanted: np.ndarray, limit: Limit) -> dict:
-    """The frames with the given positions in `index.shown`; raises _Surprise on any doubt."""
+def _decode_by_seek(container, stream, index: Index, wanted: np.ndarray, limit: Limit) -> dict:
+    """The frames with the given positions in `index.shown`; raises Surprise on any doubt."""
     convert = _Converter()
     number_of = {index.pts[index.shown[i]]: i for i in set(wanted.ravel().tolist())}
     frames: dict[int, np.ndarray] = {}
-    for key, last in _runs(index, [index.shown[i] for i in number_of.values()]):
+    for key, last in stretches(index, [index.shown[i] for i in number_of.values()]):
         previous = None
         for frame in _decode_run(container, stream, index, key, last, number_of):
             limit.check()
             if frame.pts is None or (previous is not None and frame.pts <= previous):
-                raise _Surprise
+                raise Surprise
             if frame.pts == index.pts[key] and not frame.key_frame:
-                raise _Surprise
+                raise Surprise
             previous = frame.pts
             if frame.pts in number_of:
                 if frame.interlaced_frame or frame.is_corrupt:
-                    raise _Surprise
+                    raise Surprise
                 frames[number_of[frame.pts]] = convert(frame)
     if len(frames) < len(number_of):
-        raise _Surprise
+        raise Surprise
     return frames
 
 
-def _decode_run(container, stream, index: _Index, key: int, last: int, wanted) -> Iterator:
+def _decode_run(container, stream, index: Index, key: int, last: int, wanted) -> Iterator:
     """Frames of packets `key`..`last`, without those nobody wants or refers to."""
     codec = stream.codec_context
     can_skip = codec.codec.canonical_name == "h264"
-    for packet in _packets_between(container, stream, index, key, last):
+    for packet in packets_between(container, stream, index, key, last):
         # Frames shown before the keyframe but stored after it need the frames before it.
         if packet.pts is None or packet.pts < index.pts[key]:
             continue
@@ -240,24 +247,24 @@ def _decode_run(container, stream, index: _Index, key: int, last: int, wanted) -
     codec.flush_buffers()
 
 
-def _runs(index: _Index, packets: list[int]) -> list[tuple[int, int]]:
+def stretches(index: Index, packets: list[int]) -> list[tuple[int, int]]:
     """The stretches of packets, (keyframe, last), whose decoding gives all the given packets."""
     keys = [i for i, is_key in enumerate(index.is_key) if is_key and index.pts[i] is not None]
     keys.sort(key=index.pts.__getitem__)
     key_pts = [index.pts[i] for i in keys]
-    runs: list[tuple[int, int]] = []
+    found: list[tuple[int, int]] = []
     for packet in sorted(packets):
         at = bisect_right(key_pts, index.pts[packet]) - 1
         if at < 0 or keys[at] > packet:
-            raise _Surprise
-        if runs and keys[at] <= runs[-1][1]:
-            runs[-1] = (min(keys[at], runs[-1][0]), packet)
+            raise Surprise
+        if found and keys[at] <= found[-1][1]:
+            found[-1] = (min(keys[at], found[-1][0]), packet)
         else:
-            runs.append((keys[at], packet))
-    return runs
+            found.append((keys[at], packet))
+    return found
 
 
-def _packets_between(container, stream, index: _Index, key: int, last: int) -> Iterator[av.Packet]:
+def packets_between(container, stream, index: Index, key: int, last: int) -> Iterator[av.Packet]:
     """Packets `key`..`last` of the file, found by seeking; every one is checked."""
     stamps = [s for s in (index.pts[key], index.dts[key]) if s is not None]
     container.seek(min(stamps), stream=stream)
@@ -270,16 +277,22 @@ def _packets_between(container, stream, index: _Index, key: int, last: int) -> I
             position = key
         if position is not None:
             if stamp != (index.pts[position], index.dts[position]):
-                raise _Surprise
+                raise Surprise
             yield packet
             if position == last:
                 return
             position += 1
-    raise _Surprise
+    raise Surprise
 
 
-def _decode_in_order(path, times, choose, start, end, limit: Limit) -> np.ndarray:
-    """Decodes and counts; a second time if the count differs from the number of packets."""
+def _decode_in_order(
+    path, index: Index, known: int | None, choose, start, end, limit: Limit
+) -> np.ndarray:
+    """Decodes up to the last wanted frame if the number of all is `known`, else all, and counts.
+
+    A second time if they turn out to be fewer than known, or not as many as the packets.
+    """
+    times = _fit(index, len(index.times) if known is None else known)
     while True:
         first, total = _window(times, start, end)
         indices = np.asarray(choose(total)) + first
@@ -297,17 +310,24 @@ def _decode_in_order(path, times, choose, start, end, limit: Limit) -> np.ndarra
                             raise DecodeError(f"frame {count} is damaged")
                         frames[count] = convert(frame)
                     count += 1
+                    if known is not None and len(frames) == len(wanted):
+                        count = len(times)
+                        break
             except av.FFmpegError as error:
                 if len(frames) < len(wanted):
                     raise DecodeError(f"damaged after frame {count}: {error.strerror}") from None
                 count = len(times)
-            rate = _frame_rate(stream)
         if count == len(times):
             return _pack(frames, indices)
         if not count:
             raise DecodeError("holds no frame")
-        tail = times[-1] + np.arange(1, count - len(times) + 1) / rate
-        times = np.concatenate([times, tail])[:count]
+        times, known = _fit(index, count), None
+
+
+def _fit(index: Index, count: int) -> np.ndarray:
+    """Times of `count` frames: those of the index, cut or drawn out."""
+    more = np.arange(1, count - len(index.times) + 1) / index.frame_rate
+    return np.concatenate([index.times, index.times[-1] + more])[:count]
 
 
 def all_frames(container, stream, limit: Limit) -> Iterator[av.VideoFrame]:

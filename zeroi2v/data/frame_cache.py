@@ -18,6 +18,7 @@ import numpy as np
 from zeroi2v.data.annotations import Sample
 from zeroi2v.data.decode import DecodeError, read_frames
 from zeroi2v.data.frame_folder import read_frame_folder
+from zeroi2v.data.gop import Cut, Cutter
 
 _KEEP_FREE = 0.05
 """Part of the disk that the cache leaves free."""
@@ -28,18 +29,21 @@ def read_sample(
     choose: Callable[[int], np.ndarray],
     timeout: float | None = None,
     cache: str | os.PathLike | None = None,
-) -> np.ndarray:
+    cutter: Cutter | None = None,
+) -> np.ndarray | Cut:
     """The frames of `sample` that `choose` picks, as `decode.read_frames` gives them.
 
     With `cache`, a folder, they come from there; the first time, the whole video is decoded and
-    put there if the disk has the space. Raises DecodeError.
+    put there if the disk has the space. Without, and with a `cutter` that takes the video, the
+    packets that they are in. Raises DecodeError.
     """
     if os.path.isdir(sample.path):
         if sample.start is not None or sample.end is not None:
             raise DecodeError(f"{sample.path}: is a folder of images, which have no times")
         return read_frame_folder(sample.path, choose, sample.span, sample.filename_tmpl)
+    where = sample.start, sample.end, timeout, sample.frames
     if cache is None:
-        return read_frames(sample.path, choose, sample.start, sample.end, timeout)
+        return read_frames(sample.path, choose, *where, cutter)
     file = _cache_file(sample, Path(cache))
     try:
         video = np.load(file, mmap_mode="r")
@@ -48,7 +52,7 @@ def read_sample(
     except (OSError, ValueError):  # not what was written: a full disk, another program
         video = None
     if video is None:
-        return read_frames(sample.path, choose, sample.start, sample.end, timeout)
+        return read_frames(sample.path, choose, *where)
     return np.asarray(video[np.asarray(choose(len(video)))])
 
 

@@ -1,6 +1,7 @@
 """What is known of each video of a dataset, found by decoding all of it: JSON lines, one a video.
 
-`zeroi2v.check_data` writes a manifest; training leaves out the videos that it knows to be bad.
+`zeroi2v.check_data` writes a manifest; training leaves out the videos that it knows to be bad, and
+takes its word for how many frames the others have.
 Imports neither torch nor DALI: `inspect_video` runs in processes of its own.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import av
@@ -171,31 +172,40 @@ def manifest_name(path: str, root: str | os.PathLike | None) -> str:
     return os.path.relpath(path, root or ".")
 
 
-def known_bad_files(
-    samples: list[Sample], manifest: str | os.PathLike, root: str | os.PathLike | None
-) -> dict[str, str]:
-    """Paths of the samples that the manifest knows to be bad, with the reasons.
+def use_manifest(
+    samples: list[Sample],
+    manifest: str | os.PathLike,
+    root: str | os.PathLike | None,
+    of_this_list: bool = True,
+) -> tuple[list[Sample], dict[str, str]]:
+    """What the manifest knows of the samples: (all of them, path -> reason of the bad ones).
 
-    A file that has changed since is not known. Raises as `read_manifest` does, and ValueError if
-    the manifest has none of the samples: it is of another list or root.
+    Those that it knows to be whole come back with their number of frames. A bad file that has
+    changed since is not known. Raises as `read_manifest` does, and ValueError if the manifest has
+    none of the samples, though it should be `of_this_list`.
     """
     rows, bad = read_manifest(manifest), {}
-    names = {sample.path: manifest_name(sample.path, root) for sample in samples}
-    if not any(name in rows for name in names.values()):
+    facts = {s.path: rows.get(manifest_name(s.path, root)) for s in samples}
+    if of_this_list and not any(facts.values()):
         raise ValueError(
             f"{manifest} must be a manifest of the list, made with the same root: it has none of "
-            f"{len(names)} videos, such as {next(iter(names.values()))}"
+            f"{len(facts)} videos, such as {manifest_name(samples[0].path, root)}"
         )
-    for path, name in names.items():
-        facts = rows.get(name)
-        if facts is None or facts.error is None:
+    for path, row in facts.items():
+        if row is None or row.error is None:
             continue
         try:
             status = os.stat(path)
         except OSError:
             pass
         else:
-            if (status.st_size, status.st_mtime_ns) != (facts.size, facts.mtime_ns):
+            if (status.st_size, status.st_mtime_ns) != (row.size, row.mtime_ns):
                 continue
-        bad[path] = f"{path}: {facts.error}"
-    return bad
+        bad[path] = f"{path}: {row.error}"
+    known = [
+        replace(sample, frames=facts[sample.path].frames)
+        if facts[sample.path] is not None and facts[sample.path].error is None
+        else sample
+        for sample in samples
+    ]
+    return known, bad

@@ -1,31 +1,35 @@
 """Batches of clips: one DALI graph for both devices, fed by workers that decode with PyAV.
 
-A worker (`source.py`) decodes and draws; the graph below resizes, augments and normalises, on
-the CPU or on the GPU, with the same operators. Pixels stay uint8 until the last kernel.
+A worker (`source.py`) chooses frames, draws the augmentation, and decodes; on a GPU it may leave
+decoding to DALI and hand over the packets that the frames are in (`gop.py`). The graph (`graph.py`)
+resizes, augments and normalises, on the CPU or on the GPU, with the same operators.
 """
 
 from __future__ import annotations
 
 import json
-import sys
+import multiprocessing
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from types import ModuleType
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from nvidia.dali import fn, pipeline_def, types
-from nvidia.dali.auto_aug import augmentations
-from nvidia.dali.auto_aug.core import select
-from nvidia.dali.plugin.pytorch import feed_ndarray
 
 from zeroi2v.config import ModelConfig
 from zeroi2v.data.annotations import Sample
-from zeroi2v.data.source import KINDS, AugmentConfig, ClipPlan, ClipSource
+from zeroi2v.data.augment import AugmentConfig
+from zeroi2v.data.gop import DALI_CPU, NVDEC
+from zeroi2v.data.graph import clip_graph
+from zeroi2v.data.mixing import mix
+from zeroi2v.data.rescue import find_fatal_files, without_main_program
+from zeroi2v.data.source import ClipPlan, ClipSource
 
-_GREY = 128  # fills what an operation uncovers or erases, as published
+DECODERS = ("auto", "dali", "pyav")
+_PREFETCH = 2
+"""Micro-batches made ahead by the workers, and again by the graph."""
 
-__all__ = ["AugmentConfig", "Batch", "ClipLoader", "check_bad_files"]
+__all__ = ["DECODERS", "AugmentConfig", "Batch", "ClipLoader", "check_bad_files"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,9 @@ class Batch:
     """Class, int64 [B], after mirroring where that changes it; -1 where `index` is."""
     index: torch.Tensor
     """Position in `samples`, int64 [B]; -1 for padding and for videos that cannot be decoded."""
+    target: torch.Tensor
+    """What the clips are to be taken for: `label`; where clips are mixed, class probabilities,
+    float32 [B, num_classes]."""
 
 
 class ClipLoader:
@@ -55,6 +62,12 @@ class ClipLoader:
     "cpu", "gpu" or "cuda[:n]". A video that takes longer than `timeout` seconds to decode is a bad
     one. `cache` is a folder that keeps whole decoded videos, which take much space there: for
     small datasets.
+
+    `decoder`: "pyav" decodes in the workers. "dali" leaves what DALI's decoder takes to it, on a
+    GPU to the hardware, which hides damage: the frames of a damaged video may be wrong there. So
+    "auto" leaves to the hardware only videos whose `Sample.frames` says that a manifest knows them
+    to be whole, and is "pyav" on the CPU. Either way the frames are the same but for the rounding
+    of colours, and PyAV decodes what DALI does not take, in the same batches.
     Raises ValueError if an argument breaks its rule or an epoch would have no step.
     """
 
@@ -75,6 +88,7 @@ class ClipLoader:
         device: str = "cpu",
         timeout: float | None = None,
         cache: str | None = None,
+        decoder: str = "auto",
     ):
         if mode not in ("train", "val", "test"):
             raise ValueError(f"mode must be 'train', 'val' or 'test': got {mode!r}")
@@ -93,6 +107,13 @@ class ClipLoader:
             raise ValueError(f"views must be (1, 1) in mode {mode!r}: got {views}")
         if mode != "train" and (augment is not None or accumulation != 1):
             raise ValueError(f"augment and accumulation are for mode 'train': got mode {mode!r}")
+        if augment is not None and augment.mixes and batch_size % 2:
+            raise ValueError(f"batch_size must be even with mixup or cutmix: got {batch_size}")
+        if decoder not in DECODERS:
+            raise ValueError(f"decoder must be one of {', '.join(DECODERS)}: got {decoder!r}")
+        self.device = torch.device("cuda" if device == "gpu" else device)
+        on_gpu = self.device.type == "cuda"
+        leave = decoder == "dali" or (decoder == "auto" and on_gpu)
         self.plan = ClipPlan(
             samples=list(samples),
             config=config,
@@ -106,6 +127,8 @@ class ClipLoader:
             accumulation=accumulation,
             timeout=timeout,
             cache=cache,
+            cutter=(NVDEC if on_gpu else DALI_CPU) if leave and cache is None else None,
+            cut_unknown=decoder == "dali",
         )
         if self.plan.steps == 0:
             raise ValueError(
@@ -113,16 +136,33 @@ class ClipLoader:
                 f"got {len(self.plan.samples)}"
             )
         self.workers = workers
-        self.device = torch.device("cuda" if device == "gpu" else device)
         self.bad_files: dict[str, str] = {}
         """Paths of the videos that could not be decoded so far, with the reasons."""
+        self.decoded_by: Counter[str] = Counter()
+        """Clips so far by who decoded them: "dali" or "pyav"."""
         self._pipeline = None
+        self._children: list[multiprocessing.Process] = []
+        self._tried_again: tuple[int, int] | None = None
         self._next_epoch: int | None = None
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of a training epoch; batches of a validation or test."""
         return self.plan.steps
+
+    @property
+    def decoder(self) -> str:
+        """Who decodes, in words."""
+        if self.plan.cutter is None:
+            return "PyAV"
+        known = sum(sample.frames is not None for sample in self.plan.samples)
+        if self.plan.cut_unknown:
+            which = "what it can"
+        elif known:
+            which = f"what it can of {known} videos that a manifest knows to be whole"
+        else:
+            which = "nothing, for no manifest says which videos are whole"
+        return f"DALI on the {self.device.type}: {which}; the rest by PyAV"
 
     def epoch(self, epoch: int = 0, start_step: int = 0) -> Iterator[Batch]:
         """The micro-batches of an epoch, from step `start_step` on.
@@ -135,67 +175,109 @@ class ClipLoader:
         return self._iterate(epoch, start_step)
 
     def _iterate(self, epoch: int, start_step: int) -> Iterator[Batch]:
+        micro_batch = start_step * self.plan.accumulation
         if self._pipeline is not None and (epoch, start_step) == (self._next_epoch, 0):
             self._pipeline.reset()
         else:
-            self._pipeline = self._build(epoch, start_step)
+            self._pipeline = self._build(self.plan, epoch, micro_batch, self.workers)
         self._next_epoch = None
         pipeline = self._pipeline
         while True:
             if pipeline is not self._pipeline:
                 raise RuntimeError("this epoch ended when another one was begun")
             try:
+                # DALI itself would wait for one that died while it was idle.
+                if not all(child.is_alive() for child in self._children):
+                    raise RuntimeError("a decoding process was killed")
                 outputs = pipeline.run()
             except StopIteration:
                 break
-            yield self._batch(*outputs)
+            except RuntimeError as error:
+                outputs = self._rescue(error, epoch, micro_batch)
+                pipeline = self._pipeline
+            if outputs is not None:
+                yield self._batch(epoch, micro_batch, *outputs)
+                micro_batch += 1
         # Tests do not depend on the epoch: any may follow.
         self._next_epoch = epoch + 1 if self.plan.mode == "train" else 0
 
-    def _build(self, epoch: int, start_step: int):
-        plan = self.plan
+    def _build(self, plan: ClipPlan, epoch: int, micro_batch: int, workers: int):
         gpu = self.device.type == "cuda"
         device_id = self.device.index if gpu else None
         if gpu and device_id is None:
             device_id = torch.cuda.current_device()
-        pipeline = _graph(
-            ClipSource(plan, epoch, start_step),
+        pipeline = clip_graph(
+            ClipSource(plan, epoch, micro_batch),
             plan,
             gpu,
-            self.workers > 0,
+            workers > 0,
             batch_size=plan.batch_size,
-            num_threads=max(1, min(self.workers, plan.batch_size)),
+            num_threads=max(1, min(workers, plan.batch_size)),
             device_id=device_id,
-            py_num_workers=max(1, self.workers),
+            py_num_workers=max(1, workers),
             py_start_method="spawn",
-            prefetch_queue_depth=2,
+            prefetch_queue_depth=_PREFETCH,
             seed=0,
         )
-        # A spawned worker imports the main program, torch and all; ours needs nothing from it.
-        main = sys.modules["__main__"]
-        sys.modules["__main__"] = ModuleType("__main__")
-        try:
+        others = multiprocessing.active_children()
+        with without_main_program():
             pipeline.build()
-        finally:
-            sys.modules["__main__"] = main
+        self._children = [p for p in multiprocessing.active_children() if p not in others]
         return pipeline
 
-    def _batch(self, reports, *crops) -> Batch:
+    def _rescue(self, error: RuntimeError, epoch: int, micro_batch: int) -> tuple | None:
+        """Builds the pipeline anew after an error; returns what that micro-batch is, if known.
+
+        A micro-batch that DALI's decoder fails on is left to PyAV, which names the bad file. A file
+        that kills its decoding process is looked for, and from now on a bad one. If it is none,
+        the micro-batch is tried once more. Raises `error` where nothing of this helps.
+        """
+        died = any(not child.is_alive() for child in self._children)
+        for child in self._children:  # DALI would wait for them, and they may not heed it
+            child.kill()
+        self._pipeline = outputs = None
+        if "decoders.video" in str(error):
+            careful = self._build(replace(self.plan, cutter=None), epoch, micro_batch, 0)
+            outputs = careful.run()
+            micro_batch += 1
+        else:
+            ahead = range(micro_batch, micro_batch + 1 + 2 * _PREFETCH)
+            fatal = find_fatal_files(ClipSource(self.plan, epoch, 0), ahead) if died else {}
+            if not fatal and (not died or self._tried_again == (epoch, micro_batch)):
+                raise error
+            self._tried_again = epoch, micro_batch
+            self.plan = replace(self.plan, fatal=self.plan.fatal | fatal)
+        self._pipeline = self._build(self.plan, epoch, micro_batch, self.workers)
+        return outputs
+
+    def _batch(self, epoch: int, micro_batch: int, reports, *crops) -> Batch:
         plan = self.plan
         reports = [json.loads(bytes(np.array(reports.at(i)))) for i in range(plan.batch_size)]
         for report in reports:
             self.bad_files.update(report["bad"])
+            self.decoded_by["dali" if report["is_cut"] else "pyav"] += report["index"] >= 0
         index = torch.tensor([report["index"] for report in reports])
         if plan.mode == "train" and (index < 0).any():
             raise ValueError(
                 f"samples must hold videos that decode: got {len(self.bad_files)} bad ones, "
                 f"such as {next(iter(self.bad_files.values()))}"
             )
+        label = torch.tensor([report["label"] for report in reports])
         clips, num_frames = plan.views[0], plan.config.num_frames
-        views = [_to_torch(crop, self.device).unflatten(2, (clips, num_frames)) for crop in crops]
-        video = torch.stack(views, dim=1)  # [B, crops, 3, clips, T, H, W]
-        video = video.permute(0, 3, 1, 2, 4, 5, 6).flatten(1, 2).contiguous()
-        return Batch(video, torch.tensor([report["label"] for report in reports]), index)
+        # Not copied: DALI keeps its hands off memory that a tensor still holds.
+        views = [torch.from_dlpack(crop.as_tensor()) for crop in crops]
+        if len(views) == clips == 1:
+            video = views[0].unsqueeze(1)  # [B, 1, 3, T, H, W]
+        else:
+            views = [view.unflatten(2, (clips, num_frames)) for view in views]
+            video = torch.stack(views, dim=1)  # [B, crops, 3, clips, T, H, W]
+            video = video.permute(0, 3, 1, 2, 4, 5, 6).flatten(1, 2).contiguous()
+        target = label
+        if plan.augment is not None and plan.augment.mixes:
+            first = plan.position(micro_batch)
+            classes = plan.config.num_classes
+            target = mix(video, label, plan.augment, (plan.seed, epoch), first, classes)
+        return Batch(video, label, index, target)
 
 
 def check_bad_files(bad: dict[str, str], total: int, max_bad_fraction: float) -> None:
@@ -206,119 +288,3 @@ def check_bad_files(bad: dict[str, str], total: int, max_bad_fraction: float) ->
             f"bad videos must be at most max_bad_fraction {max_bad_fraction} of {total}: "
             f"got {len(bad)}:\n{reasons}"
         )
-
-
-def _to_torch(data, device: torch.device) -> torch.Tensor:
-    """A copy of DALI's output, which DALI will overwrite."""
-    dense = data.as_tensor()
-    tensor = torch.empty(dense.shape(), dtype=torch.float32, device=device)
-    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-    return feed_ndarray(dense, tensor, cuda_stream=stream)
-
-
-@pipeline_def(enable_conditionals=True)
-def _graph(source: ClipSource, plan: ClipPlan, gpu: bool, parallel: bool):
-    config, augment = plan.config, plan.augment
-    dtypes = [types.UINT8, types.UINT8, types.INT32]
-    if augment:
-        dtypes += [types.INT32]
-        dtypes += [types.FLOAT] * bool(augment.rand_augment_ops)
-        dtypes += [types.FLOAT] * bool(augment.erasing)
-    workers = {}
-    if parallel:
-        # A clip larger than the hint makes DALI's shared memory grow.
-        clip_bytes = plan.views[0] * config.num_frames * 256 * 344 * 3
-        workers = dict(parallel=True, prefetch_queue_depth=2, bytes_per_sample_hint=clip_bytes)
-    frames, report, geometry, *draws = fn.external_source(
-        source,
-        num_outputs=len(dtypes),
-        layout=["FHWC"] + [""] * (len(dtypes) - 1),
-        dtype=dtypes,
-        batch=False,
-        **workers,
-    )
-    if gpu:
-        frames = frames.gpu()
-    size = fn.cast(geometry[0], dtype=types.FLOAT)
-    frames = fn.resize(frames, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
-    mirror = 0
-    if augment:
-        mirror = draws.pop(0)
-        if augment.rand_augment_ops:
-            ops = draws.pop(0)
-            for i in range(augment.rand_augment_ops):
-                frames = _rand_augment(frames, ops[i], gpu)
-        if augment.erasing:
-            corner, shape = draws[0][0], draws[0][1]
-            frames = fn.erase(frames, anchor=corner, shape=shape, axis_names="HW", fill_value=_GREY)
-    outputs = [report]
-    for crop in range(1 if plan.views[1] == 1 else 3):
-        side = config.image_size
-        view = fn.slice(frames, geometry[1 + crop], [side, side], axis_names="HW")
-        view = fn.crop_mirror_normalize(
-            view,
-            mirror=mirror,
-            mean=list(config.preprocess.mean),
-            std=list(config.preprocess.std),
-            output_layout="CFHW",
-            dtype=types.FLOAT,
-        )
-        outputs.append(view)
-    return tuple(outputs)
-
-
-def _rand_augment(frames, op, gpu: bool):
-    """Applies to each clip the one operation that its row of numbers asks for."""
-    kind, value = fn.cast(op[0], dtype=types.INT32), op[1]
-    matrix = fn.reshape(op[2:8], shape=[2, 3])
-    operand, kernel = op[1], fn.reshape(op[2:11], shape=[3, 3])
-    if gpu:
-        operand, kernel = operand.gpu(), kernel.gpu()
-    choices = [globals()[f"_{name}"] for name in KINDS]
-    return select(choices, kind, frames, value, matrix, operand, kernel)
-
-
-# One function for each of KINDS; `value` and `operand` are the same number, the second on the
-# device of the frames. Statistics (contrast, equalize, auto_contrast) are taken frame by frame.
-def _identity(frames, value, matrix, operand, kernel):
-    return frames
-
-
-def _affine(frames, value, matrix, operand, kernel):
-    return fn.warp_affine(frames, matrix=matrix, fill_value=_GREY)
-
-
-def _brightness(frames, value, matrix, operand, kernel):
-    return fn.brightness(frames, brightness=value)
-
-
-def _contrast(frames, value, matrix, operand, kernel):
-    return augmentations.contrast.op(frames, operand)
-
-
-def _color(frames, value, matrix, operand, kernel):
-    return fn.saturation(frames, saturation=value)
-
-
-def _sharpness(frames, value, matrix, operand, kernel):
-    return fn.filter(frames, kernel)
-
-
-def _posterize(frames, value, matrix, operand, kernel):
-    return frames & fn.cast(operand, dtype=types.UINT8)
-
-
-def _solarize(frames, value, matrix, operand, kernel):
-    return augmentations.solarize.op(frames, operand)
-
-
-def _equalize(frames, value, matrix, operand, kernel):
-    return fn.equalize(frames)
-
-
-def _auto_contrast(frames, value, matrix, operand, kernel):
-    return augmentations.auto_contrast.op(frames, None)
-
-
-def _invert(frames, value, matrix, operand, kernel):
-    return augmentations.invert.op(frames, None)

@@ -1,0 +1,138 @@
+"""Cutting the wanted groups of pictures out of a file, for a decoder that reads from the start.
+
+DALI's video decoder (NVDEC on a GPU) takes a file in memory and decodes all of it up to the last
+wanted frame. So a worker copies the packets that the wanted frames need, from the keyframe before
+each, into a small file in memory, without decoding them, and says which frames of that to take.
+
+Only what is sure to give the same frames there is cut: codecs and sizes that the decoder has, 8-bit
+4:2:0, closed groups of pictures, no rotation and no interlaced fields. The first picture is decoded
+as a check, for headers tell neither rotation nor the true size. Everything else is PyAV's.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from fractions import Fraction
+
+import av
+import numpy as np
+
+from zeroi2v.data.decode import Index, Limit, Surprise, packets_between, stretches
+
+_FORMATS = ("yuv420p", "yuvj420p")
+_TICK = Fraction(1, 25)
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A part of a video that is still to be decoded."""
+
+    data: np.ndarray
+    """An MP4 or WebM file of the needed groups of pictures, uint8 [bytes]."""
+    frames: np.ndarray
+    """Positions of the wanted frames in it, in the order asked for, int32 [F]."""
+    height: int
+    """Height of a frame, in pixels."""
+    width: int
+    """Width of a frame, in pixels."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cutter:
+    """Which videos a decoder takes; called, it makes the `Cut` of one."""
+
+    codecs: frozenset[str]
+    """FFmpeg's names of the codecs."""
+    min_side: int = 1
+    """Smallest height and width, in pixels."""
+    max_side: int = 4096
+    """Largest height and width, in pixels."""
+
+    def __call__(
+        self, container, stream, index: Index, wanted: np.ndarray, limit: Limit
+    ) -> Cut | None:
+        """The part of the video that holds the frames `wanted`, positions in `index.shown`.
+
+        None if the decoder does not take it. Raises Surprise or FFmpegError where the file is not
+        what its index promised, DecodeError over the time limit.
+        """
+        codec = stream.codec_context
+        sides = codec.height, codec.width
+        if codec.codec.canonical_name not in self.codecs or codec.pix_fmt not in _FORMATS:
+            return None
+        if min(sides) < self.min_side or max(sides) > self.max_side:
+            return None
+        packets = [index.shown[i] for i in wanted.ravel().tolist()]
+        needed = stretches(index, sorted(set(packets)))
+        if any(_has_leading_frames(index, key, last) for key, last in needed):
+            return None
+        kept = [
+            packet
+            for key, last in needed
+            for packet in packets_between(container, stream, index, key, last)
+        ]
+        limit.check()
+        if not _is_plain(codec, kept[0]):
+            return None
+        stamps = sorted(packet.pts for packet in kept)
+        if len(set(stamps)) < len(stamps):
+            raise Surprise
+        place = {stamp: i for i, stamp in enumerate(stamps)}
+        frames = np.array([place[index.pts[packet]] for packet in packets], np.int32)
+        return Cut(_remux(stream, kept, place), frames, *sides)
+
+
+# What NVDEC decodes (AV1 since Ampere), and its smallest sizes. Not MPEG-4, which it could: packets
+# of its AVI files are not frames, so that only decoding the whole file tells which frame is which.
+NVDEC = Cutter(codecs=frozenset({"h264", "hevc", "av1", "vp8", "vp9"}), min_side=144)
+# Without a GPU DALI decodes by FFmpeg, of which it carries only these.
+DALI_CPU = Cutter(codecs=frozenset({"vp8", "vp9", "mjpeg"}))
+
+
+def _has_leading_frames(index: Index, key: int, last: int) -> bool:
+    """Whether frames stored after a keyframe of the stretch are shown before it (open groups)."""
+    latest = None
+    for i in range(key, last + 1):
+        if index.pts[i] is None:
+            return True
+        if index.is_key[i]:
+            latest = index.pts[i]
+        elif index.pts[i] < latest:
+            return True
+    return False
+
+
+def _is_plain(codec, key: av.Packet) -> bool:
+    """Whether the keyframe decodes to one upright, progressive frame of the promised size."""
+    try:
+        frames = [*codec.decode(key), *codec.decode(None)]
+    finally:
+        codec.flush_buffers()
+    if len(frames) != 1:
+        return False
+    (frame,) = frames
+    return (
+        (frame.height, frame.width) == (codec.height, codec.width)
+        and frame.format.name in _FORMATS
+        and frame.key_frame
+        and not frame.rotation
+        and not frame.interlaced_frame
+        and not frame.is_corrupt
+    )
+
+
+def _remux(stream, packets: list[av.Packet], place: dict[int, int]) -> np.ndarray:
+    """The packets as a file of their own, shown in the order of `place`, at even distances."""
+    late = max(i - place[packet.pts] for i, packet in enumerate(packets))
+    format = "webm" if stream.codec_context.codec.canonical_name == "vp8" else "mp4"
+    # With an edit list, rounding may hide the last frame.
+    options = {"use_editlist": "0"} if format == "mp4" else {}
+    file = io.BytesIO()
+    with av.open(file, "w", format=format, options=options) as container:
+        track = container.add_stream_from_template(stream, opaque=True)
+        for i, packet in enumerate(packets):
+            packet.stream, packet.time_base, packet.duration = track, _TICK, 1
+            packet.pts, packet.dts = place[packet.pts] + late, i
+            container.mux(packet)
+    return np.frombuffer(file.getbuffer(), np.uint8)

@@ -1,0 +1,140 @@
+"""The DALI graph: from what a worker hands over (`source.py`) to normalised clips.
+
+The same operators on both devices; pixels stay uint8 until the last kernel.
+"""
+
+from __future__ import annotations
+
+from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.auto_aug import augmentations
+from nvidia.dali.auto_aug.core import select
+
+from zeroi2v.data.augment import KINDS
+from zeroi2v.data.source import ClipPlan, ClipSource
+
+_GREY = 128  # fills what an operation uncovers or erases, as published
+
+
+@pipeline_def(enable_conditionals=True)
+def clip_graph(source: ClipSource, plan: ClipPlan, gpu: bool, parallel: bool):
+    """Outputs the reports of `source`, then float32 [3, clips * T, H, W] for each crop."""
+    config, augment = plan.config, plan.augment
+    dtypes = [types.UINT8, types.INT32, types.UINT8]
+    if plan.cutter is not None:
+        dtypes += [types.BOOL, types.UINT8, types.INT32, types.INT32]
+    if augment:
+        dtypes += [types.INT32]
+        dtypes += [types.FLOAT] * bool(augment.rand_augment_ops)
+        dtypes += [types.FLOAT] * bool(augment.erasing)
+    workers = {}
+    if parallel:
+        # A clip larger than the hint makes DALI's shared memory grow.
+        clip_bytes = plan.views[0] * config.num_frames * 256 * 344 * 3
+        workers = dict(parallel=True, prefetch_queue_depth=2, bytes_per_sample_hint=clip_bytes)
+    report, geometry, frames, *draws = fn.external_source(
+        source,
+        num_outputs=len(dtypes),
+        layout=["", "", "FHWC"] + [""] * (len(dtypes) - 3),
+        dtype=dtypes,
+        batch=False,
+        **workers,
+    )
+    if gpu:
+        frames = frames.gpu()
+    if plan.cutter is not None:
+        (is_cut, data, picks, box), draws = draws[:4], draws[4:]
+        if is_cut:  # noqa: SIM108, for DALI splits the batch at a statement
+            frames = _decode(data, picks, box, gpu)
+        else:
+            frames = _identity(frames)
+    size = fn.cast(geometry[0], dtype=types.FLOAT)
+    frames = fn.resize(frames, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
+    mirror = 0
+    if augment:
+        mirror = draws.pop(0)
+        if augment.rand_augment_ops:
+            ops = draws.pop(0)
+            for i in range(augment.rand_augment_ops):
+                frames = _rand_augment(frames, ops[i], gpu)
+        if augment.erasing:
+            corner, shape = draws[0][0], draws[0][1]
+            frames = fn.erase(frames, anchor=corner, shape=shape, axis_names="HW", fill_value=_GREY)
+    outputs = [report]
+    for crop in range(1 if plan.views[1] == 1 else 3):
+        side = config.image_size
+        view = fn.slice(frames, geometry[1 + crop], [side, side], axis_names="HW")
+        view = fn.crop_mirror_normalize(
+            view,
+            mirror=mirror,
+            mean=list(config.preprocess.mean),
+            std=list(config.preprocess.std),
+            output_layout="CFHW",
+            dtype=types.FLOAT,
+        )
+        outputs.append(view)
+    return tuple(outputs)
+
+
+def _decode(data, picks, box, gpu: bool):
+    """The frames `picks` of the video file `data`, and of them the rectangle `box`."""
+    # What lies past the end would be black by default.
+    device = "mixed" if gpu else "cpu"
+    frames = fn.decoders.video(data, frames=picks, device=device, pad_mode="edge")
+    return fn.slice(frames, box[0], box[1], axis_names="HW")
+
+
+def _rand_augment(frames, op, gpu: bool):
+    """Applies to each clip the one operation that its row of numbers asks for."""
+    kind, value = fn.cast(op[0], dtype=types.INT32), op[1]
+    matrix = fn.reshape(op[2:8], shape=[2, 3])
+    operand, kernel = op[1], fn.reshape(op[2:11], shape=[3, 3])
+    if gpu:
+        operand, kernel = operand.gpu(), kernel.gpu()
+    choices = [globals()[f"_{name}"] for name in KINDS]
+    return select(choices, kind, frames, value, matrix, operand, kernel)
+
+
+# One function for each of KINDS; `value` and `operand` are the same number, the second on the
+# device of the frames. Statistics (contrast, equalize, auto_contrast) are taken frame by frame.
+def _identity(frames, *_):
+    return frames
+
+
+def _affine(frames, value, matrix, operand, kernel):
+    return fn.warp_affine(frames, matrix=matrix, fill_value=_GREY)
+
+
+def _brightness(frames, value, matrix, operand, kernel):
+    return fn.brightness(frames, brightness=value)
+
+
+def _contrast(frames, value, matrix, operand, kernel):
+    return augmentations.contrast.op(frames, operand)
+
+
+def _color(frames, value, matrix, operand, kernel):
+    return fn.saturation(frames, saturation=value)
+
+
+def _sharpness(frames, value, matrix, operand, kernel):
+    return fn.filter(frames, kernel)
+
+
+def _posterize(frames, value, matrix, operand, kernel):
+    return frames & fn.cast(operand, dtype=types.UINT8)
+
+
+def _solarize(frames, value, matrix, operand, kernel):
+    return augmentations.solarize.op(frames, operand)
+
+
+def _equalize(frames, value, matrix, operand, kernel):
+    return fn.equalize(frames)
+
+
+def _auto_contrast(frames, value, matrix, operand, kernel):
+    return augmentations.auto_contrast.op(frames, None)
+
+
+def _invert(frames, value, matrix, operand, kernel):
+    return augmentations.invert.op(frames, None)

@@ -162,6 +162,7 @@ def test_the_report_holds_the_table_and_its_pictures(tmp_path, monkeypatch):
     demo_report.write(tmp_path, FIGURES)
     text = (tmp_path / "report" / "report.md").read_text()
     assert demo_report.table(FIGURES) in text and FIGURES["prediction"] in text
+    assert "(heads/layer0_frame3.png)" in text and "(heads/layer0.png)" in text
     for name in ("frames", "accuracy", "curves", "confusion"):
         assert f"({name}.png)" in text
         assert (tmp_path / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -115,7 +115,7 @@ def test_slurm_script_trains_one_run_whose_files_are_the_first_nodes_but_for_opt
     run_dir = tmp_path / "run"
     done = subprocess.run(
         ["bash", str(tmp_path / "train.slurm"), "--config", str(config), f"run.dir={run_dir}"],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
+        cwd=ROOT, capture_output=True, text=True, timeout=240,
         env=environment(**slurm, PATH=f"{fakes}:{BIN}:{os.environ['PATH']}"),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -200,7 +200,7 @@ def test_hostfile_command_starts_a_node_of_two(config, tmp_path):
         for number in range(2)
     ]  # fmt: skip
     try:
-        texts = [node.communicate(timeout=100)[0] for node in nodes]
+        texts = [node.communicate(timeout=240)[0] for node in nodes]
     finally:
         for node in nodes:
             end_node(node)

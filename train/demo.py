@@ -93,9 +93,11 @@ def main(argv: list[str]) -> None:
     figures["merge_rel"] = {check["dtype"]: check["rel"] for check in merge["checks"]}
     figures["agreement"] = agreement()
 
-    console.step("classify one file")
-    video = f"{DEMO}/videos/val/0000.mp4"
+    console.step("classify one file, and draw where the heads look")
+    video = f"{DEMO}/videos/val/0002.mp4"
     figures["prediction"] = console.run("predict", module("predict", f"{DEMO}/merged", video))
+    words = [video, "--layers", "0", "--out", f"{DEMO}/report/heads"]
+    console.run("visualize", module("visualize", f"{DEMO}/merged", *words))
 
     console.step("time the merged model beside the plain image ViT, write the report")
     figures["speed"] = speed()

@@ -69,7 +69,7 @@ def claims(figures: dict[str, Any]) -> dict[str, bool]:
 def write(demo: Path, figures: dict[str, Any]) -> dict[str, bool]:
     """Writes `report.md`, its plots and `figures.json` to `demo/report/`; returns the claims."""
     folder = demo / "report"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     draw_frames(folder / "frames.png", demo / "videos")
     draw_accuracy(folder / "accuracy.png", figures)
     draw_curves(folder / "curves.png", demo / "runs")
@@ -109,7 +109,16 @@ of its time outside of arithmetic.
 {figures["prediction"].rstrip()}
 ```
 
-{figures["seconds"]:.0f} s in all. The commands are in `demo/logs/`, the runs in `demo/runs/`.
+Where the heads of the merged model look in that file. Two of the four read the frame before, two
+the frame after: the patches they look at are where the shape was, and where it will be.
+
+![One query frame, with arrows to the frames that are read](heads/layer0_frame3.png)
+![All query frames](heads/layer0.png)
+
+The same as a film: `heads/layer0.mp4`.
+
+{figures["seconds"]:.0f} s in all. The commands are in `demo/logs/`, the runs in `demo/runs/`,
+each with a report of its own, such as `demo/runs/stdha/report.html`.
 """,
         encoding="utf-8",
     )

@@ -11,6 +11,7 @@ import cProfile
 import gc
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -67,7 +68,7 @@ def setting(request) -> dict:
     """Machine card with ceilings, commit and command: measured before anything else is timed."""
     ceilings = machine.ceilings(min(2.0, request.config.getoption("--seconds") / 10))
     card = machine.machine_card() | {"ceilings": ceilings}
-    command = "pytest " + " ".join(sys.argv[1:])
+    command = "pytest " + shlex.join(sys.argv[1:])
     return dict(machine=card, commit=machine.commit(), command=command)
 
 

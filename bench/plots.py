@@ -9,13 +9,28 @@ import hashlib
 import json
 from pathlib import Path
 
-MERGED, ADAPTED, AUTHORS, IMAGE = "#0072B2", "#56B4E9", "#D55E00", "#8C8C8C"
+MERGED, ADAPTED, AUTHORS, IMAGE = "#0072B2", "#56B4E9", "#D55E00", "#808080"
 OTHERS = ("#E69F00", "#009E73", "#CC79A7", "#000000")
+COLOURS = {
+    "merged": MERGED,
+    "adapted": ADAPTED,
+    "authors": AUTHORS,
+    "joint": OTHERS[0],
+    "ST-Adapter": OTHERS[1],
+    "AIM": OTHERS[2],
+}
+"""By what a contestant's name holds."""
 IMAGE_VIT = "plain image ViT"
-ZEROI2V = "ZeroI2V"
-SCALED = {IMAGE_VIT: IMAGE, "merged": MERGED, "joint attention": OTHERS[0]}
+ZEROI2V, ADAPTED_ZEROI2V = "ZeroI2V, merged", "ZeroI2V, adapted"
+SCALED = (IMAGE_VIT, "merged", "joint attention")
 MARKERS = {"float32": "o", "bfloat16": "s", "float16": "^"}
 DPI = 130
+
+
+def where(results: dict) -> str:
+    """A machine in a few words."""
+    card = results["machine"]
+    return card["name"] + (f", {card['threads']} threads" if card.get("kind") == "CPU" else "")
 
 
 def draw(results: dict, folder: Path) -> list[str]:
@@ -54,7 +69,7 @@ def latency(results: dict, path: Path) -> bool:
         fontweight="bold",
     )
     figure.supxlabel(
-        f"time of one clip ÷ transformers CLIP, lower is faster   ({_where(results)})", fontsize=9
+        f"time of one clip ÷ transformers CLIP, lower is faster   ({where(results)})", fontsize=9
     )
     return _save(figure, results, path)
 
@@ -78,43 +93,52 @@ def _latency_bars(axes, bench: dict) -> None:
 
 def accuracy(results: dict, path: Path) -> bool:
     """Published accuracy over measured clips a second; False if the rivals are not measured."""
-    benches = _named(results, "bench_rivals")
+    benches = [b for b in _named(results, "bench_rivals") if any("top1" in r for r in _rows(b))]
     if not benches:
         return False
-    figure, grid = _pyplot().subplots(
-        1, len(benches), figsize=(5.6 * len(benches), 4.3), squeeze=False, layout="constrained"
-    )
+    dtype = "bfloat16" if any(b["dtype"] == "bfloat16" for b in benches) else "float32"
+    benches = [bench for bench in benches if bench["dtype"] == dtype]
+    figure, axes = _pyplot().subplots(figsize=(8.4, 4.6), layout="constrained")
+    points: dict[str, list[tuple[float, float]]] = {}
     findings = []
-    for axes, bench in zip(grid[0], benches, strict=True):
-        rows = {name: row for name, row in bench["rows"].items() if "seconds" in row}
-        known = {name: row for name, row in rows.items() if row.get("top1")}
-        tops = [row["top1"] for row in known.values()]
-        bottom, fastest = min(tops) - 1, max(row["clips_per_s"] for row in rows.values())
-        colours = dict(zip((name for name in rows if name != ZEROI2V), OTHERS, strict=False))
-        for name, row in rows.items():
-            x, y = row["clips_per_s"], row.get("top1", bottom + 0.25)
-            colour = colours.get(name, MERGED)
-            told = f"{row['top1']:.1f} %" if name in known else "none published"
-            fill = {} if name in known else {"facecolors": "none"}
-            axes.scatter(x, y, s=80, color=colour, zorder=3, **fill)
-            side = -1 if x > 0.55 * fastest else 1
+    for bench in sorted(benches, key=lambda b: b["rows"][ZEROI2V]["seconds"]):
+        case = f"ViT-{bench['model']}, {bench['frames']} frames"
+        for name, row in bench["rows"].items():
+            if row.get("top1"):
+                points.setdefault(name, []).append((row["clips_per_s"], row["top1"]))
+        for name, (x, y) in ((name, found[-1]) for name, found in points.items()):
+            row, ours = bench["rows"][name], name == ZEROI2V
+            if "adapted" in name or not row.get("top1"):
+                continue
+            told = case if ours else f"{name}: {row['ratio']:.2f} × the time"
             axes.annotate(
-                f"{name}\n{told}, {row['ratio']:.2f} × the time", (x, y), xytext=(9 * side, 0),
-                textcoords="offset points", ha="right" if side < 0 else "left", va="center",
-                fontsize=8, color=colour, fontweight="bold" if colour == MERGED else None,
+                f"{told}\n{y:.1f} %", (x, y), xytext=(8, 3) if ours else (-9, -3),
+                textcoords="offset points", color=_colour(name), fontsize=8,
+                ha="left" if ours else "right", va="bottom" if ours else "top",
             )  # fmt: skip
-        axes.set(ylim=(bottom, max(tops) + 0.6), xlim=(0, 1.08 * fastest))
-        axes.set(xlabel="clips a second, measured", ylabel="Kinetics-400 top-1, published, %")
-        axes.set_title(_case(bench), fontsize=10)
-        axes.grid(alpha=0.25)
-        _bare(axes, "bottom", "left")
-        best = max(known, key=lambda name, rows=known: rows[name]["top1"])
-        if best != ZEROI2V and ZEROI2V in known:
-            gain = known[best]["top1"] - known[ZEROI2V]["top1"]
-            times = known[best]["seconds"] / known[ZEROI2V]["seconds"]
-            findings.append(f"{best} gains {gain:.1f} points for {times:.2f} × the time")
+            if y > bench["rows"][ZEROI2V]["top1"]:
+                gain = y - bench["rows"][ZEROI2V]["top1"]
+                findings.append(f"{name} publishes {gain:.1f} points more on {bench['model']}")
+                findings[-1] += f" and takes {row['ratio']:.2f} × the time"
+    for name, found in points.items():
+        label = {ZEROI2V: "ZeroI2V, merged", ADAPTED_ZEROI2V: "ZeroI2V before merging"}.get(name)
+        style = dict(color=_colour(name), marker="o", markersize=8, linewidth=1)
+        axes.plot(*zip(*found, strict=True), label=label or name, **style)
+    axes.set(
+        xscale="log", xlabel="clips a second, measured", ylabel="Kinetics-400 top-1, published"
+    )
+    axes.xaxis.set_major_locator(_pyplot().LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:g} %")
+    axes.minorticks_off()
+    axes.margins(x=0.28, y=0.15)
+    axes.legend(frameon=False, fontsize=9, loc="lower left")
+    axes.grid(alpha=0.25)
+    _bare(axes, "bottom", "left")
     title = findings[0] if findings else "Published accuracy, and the speed measured here"
-    figure.suptitle(f"{title}\n({_where(results)})", fontweight="bold", fontsize=11)
+    axes.set_title(
+        f"{title}\n({dtype}, {where(results)})", fontweight="bold", fontsize=11, loc="left"
+    )
     return _save(figure, results, path)
 
 
@@ -136,8 +160,8 @@ def roofline(results: dict, path: Path) -> bool:
     right = 3 * max([*at, max(ceilings.values()) / copy])
     for name, peak in ceilings.items():
         axes.plot([left, peak / copy, right], [left * copy, peak, peak], color="#555555", lw=1)
-        told = f"{name} matmul, {peak / 1e12:.3g} TFLOP/s"
-        axes.text(right, 1.05 * peak, told, ha="right", va="bottom", fontsize=8)
+        told = f"{name} matmul\n {peak / 1e12:.3g} TFLOP/s"
+        axes.text(right, peak, f" {told}", va="center", fontsize=8)
     stems = list(dict.fromkeys(stem for stem, _, _ in points))
     colours = dict(zip(stems, (MERGED, AUTHORS, *OTHERS), strict=False))
     for (stem, dtype, row), x in zip(points, at, strict=True):
@@ -161,7 +185,7 @@ def roofline(results: dict, path: Path) -> bool:
     }
     told = ", ".join(f"{stem.replace('_', ' ')} {share:.0%}" for stem, share in best.items())
     axes.set_title(
-        f"Of what a large matmul reaches, the ops reach up to: {told}\n({_where(results)})",
+        f"Of what a large matmul reaches, the ops reach up to: {told}\n({where(results)})",
         fontweight="bold", fontsize=10, loc="left",
     )  # fmt: skip
     _bare(axes, "bottom", "left")
@@ -193,7 +217,7 @@ def scaling(results: dict, path: Path) -> bool:
     ]
     told = [f"{name} {row['ratio']:.2f} ×" for b in long for name, row in b["rows"].items()]
     title = f"Time of 32 frames: {', '.join(told)}" if told else "Frames a second"
-    figure.suptitle(f"{title}\n({dtype}, {_where(results)})", fontweight="bold", fontsize=11)
+    figure.suptitle(f"{title}\n({dtype}, {where(results)})", fontweight="bold", fontsize=11)
     return _save(figure, results, path)
 
 
@@ -201,7 +225,7 @@ def _scaling_panel(axes, benches: list[dict], key: str) -> None:
     """Lines of frames a second over the fact `key`, one for each model and contestant."""
     for model in dict.fromkeys(bench["model"] for bench in benches):
         top = []
-        for name, colour in SCALED.items():
+        for name in SCALED:
             found = {
                 bench[key]: bench["batch"] * bench["frames"] / bench["rows"][name]["seconds"]
                 for bench in benches
@@ -209,7 +233,7 @@ def _scaling_panel(axes, benches: list[dict], key: str) -> None:
             }
             if found:
                 xs, ys = zip(*sorted(found.items()), strict=True)
-                axes.plot(xs, ys, color=colour, marker="o", markersize=4, label=name)
+                axes.plot(xs, ys, color=_colour(name), marker="o", markersize=4, label=name)
                 top.append((xs[0], ys[0]))
         if top:
             place = min(top)[0], max(y for _, y in top)
@@ -232,7 +256,7 @@ PLOTS = (latency, scaling, accuracy, roofline)
 
 def _named(results: dict, *names: str) -> list[dict]:
     found = [bench for key, bench in results["benches"].items() if key.split("[")[0] in names]
-    return [bench for bench in found if any("seconds" in row for row in bench["rows"].values())]
+    return [bench for bench in found if _rows(bench)]
 
 
 def _case(bench: dict) -> str:
@@ -243,21 +267,19 @@ def _dtype(bench: dict, row: dict) -> str:
     return str(row.get("dtype", bench.get("dtype", "float32"))).removeprefix("torch.")
 
 
+def _rows(bench: dict) -> list[dict]:
+    return [row for row in bench["rows"].values() if "seconds" in row]
+
+
 def _colour(name: str) -> str:
-    if name.startswith("merged"):
-        return MERGED
-    if name.startswith("adapted"):
-        return ADAPTED
-    return AUTHORS if name.startswith("authors") else IMAGE
+    for part, colour in COLOURS.items():
+        if part in name:
+            return colour
+    return IMAGE
 
 
 def _milliseconds(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
-
-
-def _where(results: dict) -> str:
-    card = results["machine"]
-    return card["name"] + (f", {card['threads']} threads" if card["kind"] == "CPU" else "")
 
 
 def _bare(axes, *kept: str) -> None:

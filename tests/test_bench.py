@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import compare_commits, machine, measure
+from bench import compare_commits, machine, measure, report, tables
 
 ROOT = Path(__file__).parents[1]
 
@@ -168,3 +168,74 @@ def test_comparison_runs_the_library_of_the_commit_and_removes_its_worktree():
         with pytest.raises(ValueError, match="must be imported from"):
             compare_commits.check_import(root)
     assert not root.exists() and str(root) not in compare_commits._git("worktree", "list").stdout
+
+
+def made_up(seconds: float = 2.0) -> dict:
+    """Results of a CPU that measured one case of zero cost."""
+    rows = {
+        name: dict(
+            seconds=seconds * factor, ratio=factor, ratio_quartiles=[factor, factor], error=2e-7,
+            parameters=86e6, flops=2.8e11, clips_per_s=1 / factor / seconds,
+        )
+        for name, factor in {
+            "transformers CLIP": 1.0, "plain image ViT": 0.9, "adapted": 1.2, "merged": 0.925,
+            "authors' way": 1.1,
+        }.items()
+    }  # fmt: skip
+    rows["merged"]["against"] = dict(name="authors' way", ratio=0.84, ratio_quartiles=[0.8, 0.9])
+    bench = dict(
+        bench="zero_cost", commit="0123456789ab", command="pytest bench --benchmark", rows=rows,
+        date="2026-01-01", model="B/16", frames=8, batch=1, dtype="float32", rounds=7, threads=2,
+    )  # fmt: skip
+    card = dict(kind="CPU", name="Some CPU", slug="some-cpu", threads=2, packages={"torch": "9.9"})
+    card |= dict(ceilings={"float32": 2e11, "copy": 5e10})
+    return {"machine": card, "benches": {"bench_zero_cost[B/16-8-float32]": bench}}
+
+
+def test_report_shows_machine_commit_and_command_and_leaves_unmeasured_rows_empty():
+    part = tables.readme_part([made_up()], set())
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines()]
+    source = "0123456789ab `pytest bench --benchmark`"
+    measured = "1,850.0|0.93 [0.93, 0.93]|0.84 [0.80, 0.90]|1.30|2.0e-07".split("|")
+    assert ["Some CPU, 2 threads", "B/16, 8", "float32", *measured, source] in rows
+    empty = [""] * 5
+    assert ["Some CPU, 2 threads", "L/14, 32", "bfloat16", *empty, "`make bench`"] in rows
+    assert ["NVIDIA H200", "B/16, 8", "float16", *empty, "`make bench`"] in rows
+    assert ["B/16, 8", "86.0 M, 86.0 M", "422", "420", "420", source] in rows
+    page = tables.page(made_up())
+    for told in ("Some CPU", "9.9", "0.20 TFLOP/s", "50.0 GB/s", "0123456789ab", "authors' way"):
+        assert told in page
+
+
+def test_report_is_stale_once_a_figure_changes(tmp_path):
+    readme, path = tmp_path / "README.md", tmp_path / "some-cpu.json"
+    readme.write_text(f"Before.\n{report.BEGIN}\n{report.END}\nAfter.\n")
+
+    def write(results: dict) -> None:
+        path.write_text(json.dumps(results))
+        report.draw(results, tmp_path)
+        for file, text in report.render(readme, tmp_path).items():
+            file.write_text(text, encoding="utf-8")
+
+    write(made_up())
+    assert report.stale(readme, tmp_path) == []
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith("Before.\n") and text.endswith("After.\n")
+    assert "(bench/results/some-cpu-latency.png)" in text
+    for name in ("latency", "scaling"):
+        assert (tmp_path / f"some-cpu-{name}.png").read_bytes().startswith(b"\x89PNG")
+    path.write_text(json.dumps(made_up(3.0)))
+    stale = {"README.md", "some-cpu.md", "some-cpu-latency.png", "some-cpu-scaling.png"}
+    assert set(report.stale(readme, tmp_path)) == stale
+    write(made_up(3.0))
+    assert report.stale(readme, tmp_path) == []
+
+
+def test_report_refuses_a_readme_without_its_markers(tmp_path):
+    (tmp_path / "README.md").write_text("nothing")
+    with pytest.raises(ValueError, match="README.md must hold the lines"):
+        report.render(tmp_path / "README.md", tmp_path)
+
+
+def test_readme_holds_what_the_results_say():
+    assert report.stale() == [], "run `python -m bench.report`"

@@ -1,0 +1,283 @@
+"""What the benches measured, as Markdown: a page for each machine, and the README's part.
+
+What was not measured stays an empty cell, with the command that fills it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from itertools import product
+from typing import Any, NamedTuple
+
+from bench.plots import where
+
+CASES = (("B/16", 8), ("L/14", 8), ("L/14", 32))
+DTYPES = {"CPU": ("float32", "bfloat16"), "GPU": ("float32", "bfloat16", "float16")}
+WANTED = {"name": "NVIDIA H200", "slug": "nvidia-h200", "kind": "GPU"}
+"""The GPU whose empty rows are shown until a GPU has been measured."""
+COMMAND = "make bench"
+IMAGE = "plain image ViT"
+PUBLISHED_GMACS = {("B/16", 8): 422, ("L/14", 32): 7783}
+"""10^9 multiply-adds of three views, as the paper prints them."""
+
+
+def _number(scale: float = 1.0, digits: int = 1) -> Callable[[float], str]:
+    return lambda value: f"{value * scale:,.{digits}f}"
+
+
+def _small(value: float) -> str:
+    return f"{value:.1e}"
+
+
+def _percent(value: float) -> str:
+    return f"{value:.0%}"
+
+
+# Header and format of what a row may hold, in the order of the columns.
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "seconds": ("ms", lambda value: f"{1e3 * value:,.{3 if value < 1e-3 else 1}f}"),
+    "ratio": ("ratio to baseline", _number(digits=3)),
+    "against": ("ratio to", lambda value: f"{value['ratio']:.3f} × {value['name']}"),
+    "clips_per_s": ("clips/s", _number(digits=2)),
+    "peak_bytes": ("peak, MiB", _number(2**-20)),
+    "joules": ("joules", _number(digits=2)),
+    "parameters": ("parameters, M", _number(1e-6)),
+    "flops": ("GFLOP", _number(1e-9)),
+    "flops_by_formula": ("GFLOP by formula", _number(1e-9)),
+    "flops_per_s": ("TFLOP/s", _number(1e-12, 3)),
+    "flops_of_ceiling": ("of matmul", _percent),
+    "bytes_per_s": ("GB/s", _number(1e-9)),
+    "bytes_of_ceiling": ("of copy", _percent),
+    "error": ("error", _small),
+    "agreement": ("top-1 agreement", _percent),
+    "top1": ("published top-1", _number()),
+    "unpruned_gmacs": ("GMACs, all blocks whole", _number(digits=0)),
+    "gmacs": ("published GMACs", _number(digits=0)),
+}
+HIDDEN = {"seconds_quartiles", "ratio_quartiles", "bytes", "clips", "absent"}
+ABOUT = {"bench", "rows", "commit", "command", "date"}
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table, padded so that it also reads as text."""
+    lines = [list(header), *(list(row) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    out = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(x, widths, strict=True)) + " |" for x in lines
+    ]
+    out.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(out)
+
+
+def ratio(row: dict, key: str = "ratio") -> str:
+    """A ratio with its quartiles."""
+    low, high = row[f"{key}_quartiles"]
+    return f"{row[key]:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def page(results: dict) -> str:
+    """Everything that one machine measured."""
+    card = dict(results["machine"])
+    ceilings, packages = card.pop("ceilings"), card.pop("packages")
+    title = f"# Benches on {where(results)}"
+    lines = [title, "", "Written by `python -m bench.report`; times are medians of interleaved"]
+    lines += ["rounds, ratios are taken within a round, quartiles in brackets.", ""]
+    facts = [(key.replace("_", " "), str(value)) for key, value in card.items() if key != "slug"]
+    facts += [
+        (f"{name} matmul", f"{ceilings[name] / 1e12:.2f} TFLOP/s")
+        for name in ceilings
+        if name != "copy"
+    ]
+    facts += [("copy, read and written", f"{ceilings['copy'] / 1e9:.1f} GB/s")]
+    facts += list(packages.items())
+    lines += ["## Machine", "", table(("", ""), facts), ""]
+    stems = dict.fromkeys(bench["bench"] for bench in results["benches"].values())
+    for stem in sorted(stems):
+        lines += [f"## {stem.replace('_', ' ')}", ""]
+        for name, bench in results["benches"].items():
+            if bench["bench"] == stem:
+                lines += [*_bench(name, bench), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _bench(name: str, bench: dict) -> list[str]:
+    facts = {k: v for k, v in bench.items() if k not in ABOUT and not isinstance(v, dict)}
+    told = ", ".join(f"{k.replace('_', ' ')} {_plain(v)}" for k, v in facts.items())
+    rows = bench["rows"]
+    keys = list(dict.fromkeys(key for row in rows.values() for key in row if key not in HIDDEN))
+    keys.sort(key=lambda key: list(COLUMNS).index(key) if key in COLUMNS else len(COLUMNS))
+    header = ["", *(COLUMNS[k][0] if k in COLUMNS else k.replace("_", " ") for k in keys)]
+    cells = [[row, *(_cell(figures, key) for key in keys)] for row, figures in rows.items()]
+    lines = [
+        f"**{name}**: {told}.",
+        f"Commit {bench['commit']}, {bench['date']}: `{bench['command']}`",
+    ]
+    if cells:
+        lines += ["", table(header, cells)]
+    absent = [f"{row}: {figures['absent']}" for row, figures in rows.items() if "absent" in figures]
+    return lines + (["", f"Not measured: {'; '.join(absent)}."] if absent else [])
+
+
+def _cell(figures: dict, key: str) -> str:
+    value = figures.get(key)
+    if value is None:
+        return ""
+    if f"{key}_quartiles" in figures and key == "ratio":
+        return ratio(figures)
+    return COLUMNS[key][1](value) if key in COLUMNS else _plain(value)
+
+
+def _plain(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value).removeprefix("torch.")
+
+
+class Section(NamedTuple):
+    """A table of the README: one line for each row of the benches of one function."""
+
+    title: str
+    bench: str
+    text: str
+    columns: tuple[str, ...]
+    only: dict[str, Any] = {}  # noqa: RUF012  (a tuple's default is shared, and never written)
+    """Facts of the benches that are shown."""
+    picture: tuple[str, str] | None = None
+    """Plot and its description."""
+
+
+INTRODUCTION = (
+    f"Rows that were not measured are empty. `{COMMAND}` fills those of the machine it runs on. A"
+    " machine with a GPU needs this checkout and torch, triton, pytest, numpy, einops, safetensors,"
+    " huggingface_hub, pyyaml and tqdm; what needs more is skipped with its reason."
+)
+SECTIONS = (
+    Section(
+        "Beside other methods", "bench_rivals",
+        "The same backbone with the blocks of other methods, written from their papers"
+        " (`bench/baselines/`), in bfloat16. Times are measured here; accuracies and GMACs (10⁹"
+        " multiply-adds of three views) are those published for Kinetics-400. None of these models"
+        " was trained here. ZeroI2V's case is cost, not the top accuracy.",
+        ("ratio", "clips_per_s", "peak_bytes", "unpruned_gmacs", "gmacs", "top1"),
+        {"dtype": "bfloat16"},
+        ("accuracy", "published accuracy over measured speed"),
+    ),
+    Section(
+        "A training step", "bench_training_block",
+        "Forward and backward of ViT-B/16 with trainable adapters, one clip of 8 frames: plain"
+        " autograd (naive), and the three memory policies of the training block.",
+        ("seconds", "ratio", "peak_bytes", "joules"),
+    ),
+    Section(
+        "Decoding", "bench_decoding",
+        "8 frames, 16 apart, of a 300-frame H.264 video, by its distance between keyframes; one"
+        " thread.",
+        ("ratio", "clips_per_s"),
+    ),
+)  # fmt: skip
+
+
+def readme_part(machines: list[dict], pictures: Collection[str]) -> str:
+    """The README's tables, and those of its figures that are in `pictures`."""
+    if not any(results["machine"]["kind"] == "GPU" for results in machines):
+        machines = [*machines, {"machine": WANTED, "benches": {}}]
+    parts = [INTRODUCTION, _zero_cost(machines, pictures), _operations(machines)]
+    parts += [_section(section, machines, pictures) for section in SECTIONS]
+    pages = [
+        f"[{where(results)}](bench/results/{results['machine']['slug']}.md)"
+        for results in machines
+        if results["benches"]
+    ]
+    parts.append(f"All figures, with the card of the machine: {', '.join(pages)}." if pages else "")
+    return "\n\n".join(part for part in parts if part)
+
+
+def find(results: dict, name: str, **facts) -> dict:
+    """The bench called `name` that was run with these facts; without rows if it was not."""
+    for key, bench in results["benches"].items():
+        if key.split("[")[0] == name and all(bench.get(k) == v for k, v in facts.items()):
+            return bench
+    return {"rows": {}}
+
+
+def _zero_cost(machines: list[dict], pictures: Collection[str]) -> str:
+    header = ["machine", "model, frames", "precision", "merged, ms a clip", "÷ transformers CLIP"]
+    header += ["÷ authors' way", "adapted ÷ merged", "error", "measured by"]
+    rows = []
+    for results in machines:
+        for (model, frames), dtype in product(CASES, DTYPES[results["machine"]["kind"]]):
+            bench = find(results, "bench_zero_cost", model=model, frames=frames, dtype=dtype)
+            case = [where(results), f"{model}, {frames}", dtype]
+            rows.append([*case, *_merged(bench["rows"]), _source(bench)])
+    text = (
+        "One clip through the merged video model, and how many times as long it takes as CLIP's"
+        " image model (Hugging Face transformers) on the same frames, as the same network run as"
+        " the authors' code shifts keys and values, and how many times as long the adapted model"
+        " took before merging. Medians over paired runs, quartiles in brackets. *Error* is that of"
+        " the outputs, relative to float64."
+    )
+    parts = ["### Zero cost", text, table(header, rows)]
+    parts += _figures(machines, pictures, "latency", "time of a clip beside CLIP's image model")
+    parts += _figures(machines, pictures, "scaling", "speed over batch, time over frames")
+    return "\n\n".join(parts)
+
+
+def _merged(rows: dict[str, dict]) -> list[str]:
+    merged, adapted = rows.get("merged", {}), rows.get("adapted", {})
+    if "seconds" not in merged:
+        return [""] * 5
+    return [
+        _cell(merged, "seconds"),
+        ratio(merged),
+        ratio(merged["against"]) if "against" in merged else "",
+        f"{adapted['ratio'] / merged['ratio']:.2f}",
+        _cell(merged, "error"),
+    ]
+
+
+def _operations(machines: list[dict]) -> str:
+    header = ["model, frames", "parameters: image ViT, merged", "published", "all blocks whole"]
+    header += ["merged, as it runs", "measured by"]
+    rows = []
+    for model, frames in CASES:
+        found = [find(m, "bench_zero_cost", model=model, frames=frames) for m in machines]
+        bench = next((bench for bench in found if bench["rows"]), {"rows": {}})
+        whole, merged, image = (bench["rows"].get(n, {}) for n in ("authors' way", "merged", IMAGE))
+        counts = [f"{r['parameters'] / 1e6:.1f} M" for r in (image, merged) if "parameters" in r]
+        gmacs = [f"{3 * r['flops'] / 2e9:,.0f}" if "flops" in r else "" for r in (whole, merged)]
+        published = str(PUBLISHED_GMACS.get((model, frames), ""))
+        rows.append([f"{model}, {frames}", ", ".join(counts), published, *gmacs, _source(bench)])
+    text = (
+        "10⁹ multiply-adds of three views (papers call them GFLOPs), counted while the model runs"
+        " and by formula. Only the CLS token leaves the last block, so the other tokens' queries,"
+        " projection and MLP are not computed there, with the same result."
+    )
+    return "\n\n".join(["### Parameters and operations", text, table(header, rows)])
+
+
+def _section(section: Section, machines: list[dict], pictures: Collection[str]) -> str:
+    header = ["machine", "case", "", *(COLUMNS[key][0] for key in section.columns), "measured by"]
+    rows = []
+    for results in machines:
+        before = len(rows)
+        for name, bench in results["benches"].items():
+            shown = all(bench.get(key) == value for key, value in section.only.items())
+            if name.split("[")[0] != section.bench or not shown:
+                continue
+            case = name[len(section.bench) + 1 : -1].replace("-", ", ")
+            for row, figures in bench["rows"].items():
+                cells = [_cell(figures, key) for key in section.columns]
+                told = figures.get("absent") or _source(bench)
+                rows.append([where(results), case, row, *cells, told])
+        if len(rows) == before:
+            empty = [""] * (len(section.columns) + 2)
+            rows.append([where(results), *empty, f"`{COMMAND}`"])
+    figures = _figures(machines, pictures, *section.picture) if section.picture else []
+    return "\n\n".join([f"### {section.title}", section.text, table(header, rows), *figures])
+
+
+def _figures(machines: list[dict], pictures: Collection[str], plot: str, told: str) -> list[str]:
+    names = [(f"{results['machine']['slug']}-{plot}.png", where(results)) for results in machines]
+    return [f"![{told}, {w}](bench/results/{n})" for n, w in names if n in pictures]
+
+
+def _source(bench: dict) -> str:
+    return f"{bench['commit']} `{bench['command']}`" if bench["rows"] else f"`{COMMAND}`"

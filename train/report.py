@@ -219,6 +219,7 @@ def _augmentation(augment: AugmentConfig) -> str:
         parts.append(f"RandAugment ({augment.rand_augment_ops} operations, strength {strength})")
     if augment.erasing:
         parts.append(f"a part erased with probability {augment.erasing:g}")
+    parts += [name for name in ("mixup", "cutmix") if getattr(augment, name)]
     return ", ".join(parts) or "none"
 
 

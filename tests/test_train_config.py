@@ -116,9 +116,13 @@ def test_resolved_config_reads_back_to_the_same_run(load):
         (["optim.weight_decay=-1"], r"optim.weight_decay must be >= 0"),
         (["optim.label_smoothing=1"], r"optim.label_smoothing must be in \[0, 1\)"),
         (["optim.clip_grad=0"], r"optim.clip_grad must be positive or null"),
-        (["optim.precision=fp16"], r"optim.precision must be one of \['fp32', 'bf16'\]"),
+        (["optim.precision=int8"], r"optim.precision must be one of \['fp32', 'bf16', 'fp16'\]"),
         (["optim.zero_stage=4"], r"optim.zero_stage must be one of \[0, 1, 2, 3\]"),
         (["optim.precision=bf16", "optim.zero_stage=0"], r"must be 1, 2 or 3 with .* bf16: got 0"),
+        (["optim.precision=fp16", "optim.zero_stage=0"], r"must be 1, 2 or 3 with .* fp16: got 0"),
+        (["optim.offload=true", "optim.zero_stage=0"], r"with optim.offload: got 0"),
+        (["optim.lr_batch=0"], r"optim.lr_batch must be positive: got 0"),
+        (["run.resume=maybe"], r"run.resume must be one of \[False, True, 'auto'\]: got 'maybe'"),
         (["data.max_bad_fraction=2"], r"data.max_bad_fraction must be in \[0, 1\]"),
         (["data.workers=-1"], r"data.workers must be >= 0"),
         (["data.train_list=null"], r"data.train_list must be str"),
@@ -145,11 +149,23 @@ def test_missing_key_and_malformed_file_are_named(load):
         load_config("nowhere.yaml")
 
 
-def test_batch_must_divide_into_micro_batches_of_all_processes(load):
-    optim = load(MINIMAL).optim
-    assert [optim.accumulation(n) for n in (1, 2, 8)] == [8, 4, 1]
-    with pytest.raises(ValueError, match=r"got 64 for 8 x 3"):
+def test_batch_stays_the_same_on_any_number_of_processes_that_can_share_it(load):
+    optim = load(MINIMAL).optim  # 64 clips, 8 at once
+    for processes, clips, passes in ((1, 8, 8), (2, 8, 4), (8, 8, 1), (16, 4, 1), (64, 1, 1)):
+        assert (optim.clips_at_once(processes), optim.accumulation(processes)) == (clips, passes)
+        assert processes * clips * passes == 64
+    assert load(MINIMAL, "optim.batch_size=42").optim.clips_at_once(2) == 7  # the most up to 8
+    message = r"multiple of the number of processes: got 64 for 3; 1, 2, .*, 64 .* or take 63"
+    with pytest.raises(ValueError, match=message):
         optim.accumulation(3)
+    with pytest.raises(ValueError, match=r"got 64 for 128; .* or take 128"):
+        optim.accumulation(128)
+
+
+def test_learning_rate_is_scaled_only_when_asked(load):
+    assert load(MINIMAL, "optim.batch_size=256").optim.peak_lr == 3e-4
+    assert load(MINIMAL, "optim.batch_size=256", "optim.lr_batch=64").optim.peak_lr == 1.2e-3
+    assert load(MINIMAL, "optim.batch_size=32", "optim.lr_batch=64").optim.peak_lr == 1.5e-4
 
 
 def test_only_keys_that_cannot_change_the_weights_may_differ_on_resume(load):

@@ -13,8 +13,9 @@ from zeroi2v_kernels.adapter_linear import Dropout, dropout_mask, merging_pays
 
 from bench.baselines.naive_block import naive_block
 from bench.bench_training_block import peak_bytes
-from train.engine import end_processes, start_processes, trained_weights
+from train.engine import trained_weights
 from train.job import gather_blocks_whole
+from train.processes import end_processes, start_processes
 from zeroi2v.config import RECIPES, AdapterConfig, ModelConfig
 from zeroi2v.model import Block
 from zeroi2v.training_block import block_forward, can_train

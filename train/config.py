@@ -116,6 +116,8 @@ class OptimConfig:
 
     lr: float = 3e-4
     """Peak learning rate."""
+    lr_batch: int | None = None
+    """Batch that `lr` was chosen for: it is scaled by `batch_size / lr_batch`; None: not scaled."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the two moments."""
     weight_decay: float = 0.05
@@ -133,21 +135,26 @@ class OptimConfig:
     batch_size: int = 64
     """Clips per optimizer step, over all processes."""
     micro_batch: int = 8
-    """Clips per forward pass of one process; the rest is gradient accumulation."""
+    """Most clips per forward pass of one process; the rest is gradient accumulation."""
     clip_grad: float | None = None
     """Largest norm of the gradient; None: not clipped."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of weights and activations; the optimizer's own copy of the weights is always fp32."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of weights and activations; fp16, with dynamic loss scaling, needs a GPU. Always fp32: the
+    optimizer's own copy of the weights, LayerNorm, and the sums of softmax."""
+    tf32: bool = False
+    """Let a GPU round the factors of fp32 matrix products to 10 bits: faster, not exact."""
     memory: Memory = "save"
     """What a block keeps for backward, in widths per token: `save` 12, `lean` 11.25 (4 % slower),
     `recompute` 1.25 (a third slower)."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What DeepSpeed shards: 1 optimizer state, 2 gradients too, 3 weights too; 0 nothing."""
+    offload: bool = False
+    """Keep the optimizer's state in the CPU's memory, and update there; needs a GPU."""
 
     def __post_init__(self):
-        for name in ("lr", "backbone_lr_scale", "epochs", "batch_size", "micro_batch"):
+        for name in ("lr", "lr_batch", "backbone_lr_scale", "epochs", "batch_size", "micro_batch"):
             value = getattr(self, name)
-            _require(value > 0, f"optim.{name}", "must be positive", value)
+            _require(value is None or value > 0, f"optim.{name}", "must be positive", value)
         _require(self.weight_decay >= 0, "optim.weight_decay", "must be >= 0", self.weight_decay)
         _require(
             all(0 <= b < 1 for b in self.betas), "optim.betas", "must be in [0, 1)", self.betas
@@ -176,19 +183,34 @@ class OptimConfig:
             "must be positive or null",
             self.clip_grad,
         )
-        if self.precision == "bf16" and self.zero_stage == 0:
+        if self.zero_stage == 0 and (self.precision != "fp32" or self.offload):
             # DeepSpeed's bf16 at stage 0 is another algorithm: it makes an empty step at the start.
-            raise ValueError("optim.zero_stage must be 1, 2 or 3 with optim.precision bf16: got 0")
+            what = "optim.offload" if self.offload else f"optim.precision {self.precision}"
+            raise ValueError(f"optim.zero_stage must be 1, 2 or 3 with {what}: got 0")
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after warm-up."""
+        return self.lr if self.lr_batch is None else self.lr * self.batch_size / self.lr_batch
 
     def accumulation(self, world_size: int) -> int:
-        """Forward passes of each process per optimizer step. Raises ValueError if not whole."""
-        at_once = self.micro_batch * world_size
-        if self.batch_size % at_once:
+        """Forward passes of each process per optimizer step: as few as `micro_batch` allows.
+
+        Raises ValueError if the batch can't be shared evenly.
+        """
+        each, rest = divmod(self.batch_size, world_size)
+        if rest:
+            fits = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
             raise ValueError(
-                "optim.batch_size must be a multiple of optim.micro_batch times the number of "
-                f"processes: got {self.batch_size} for {self.micro_batch} x {world_size}"
+                f"optim.batch_size must be a multiple of the number of processes: got "
+                f"{self.batch_size} for {world_size}; {', '.join(map(str, fits))} processes can "
+                f"share it, or take {max(1, each) * world_size}"
             )
-        return self.batch_size // at_once
+        return next(n for n in range(-(-each // self.micro_batch), each + 1) if each % n == 0)
+
+    def clips_at_once(self, world_size: int) -> int:
+        """Clips per forward pass of one process. Raises as `accumulation`."""
+        return self.batch_size // (world_size * self.accumulation(world_size))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -199,8 +221,8 @@ class RunOptions:
     """The run folder."""
     seed: int = 0
     """Of the initial weights, the order and augmentation of the clips, and dropout."""
-    resume: bool = False
-    """Go on from the state saved in `dir`."""
+    resume: Literal[False, True, "auto"] = False
+    """Go on from the state saved in `dir`; `auto`: if there is one, else begin."""
     log_every: int = 10
     """Optimizer steps between progress lines."""
     val_every: int = 1

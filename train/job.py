@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -13,8 +14,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from train.config import RunConfig, differences, load_config
-from train.engine import cores_per_process, read_record, say
+from train.config import DataConfig, OptimConfig, RunConfig, differences, load_config
+from train.processes import cores_per_process, first_alone, say, together
+from train.state import clear_leftovers, lock_folder, read_record, read_tag
 from zeroi2v.checkpoint import load_backbone
 from zeroi2v.data.annotations import Sample, class_names, read_list
 from zeroi2v.data.manifest import use_manifest
@@ -37,9 +39,14 @@ class Job:
     """Of the state to resume from; None for a new run."""
 
 
-def prepare(config: RunConfig, device: torch.device) -> Job:
-    """Checks all input before work starts, and says what is decided from it."""
+def prepare(config: RunConfig, device: torch.device, keep: ExitStack | None) -> Job:
+    """Checks all input before work starts, and says what is decided from it.
+
+    The run folder is made and taken last, until `keep` is closed; for a dry run, without `keep`, it
+    is left alone.
+    """
     data, optim = config.data, config.optim
+    check_device(optim, device)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     accumulation = optim.accumulation(world_size)
     read = partial(
@@ -63,7 +70,7 @@ def prepare(config: RunConfig, device: torch.device) -> Job:
     video = replace(config.model.video, labels=class_labels(config))
     workers = default_workers(device) if data.workers is None else data.workers
     common = dict(
-        batch_size=optim.micro_batch,
+        batch_size=optim.clips_at_once(world_size),
         rank=rank,
         world_size=world_size,
         workers=workers,
@@ -80,9 +87,10 @@ def prepare(config: RunConfig, device: torch.device) -> Job:
     torch.manual_seed(config.run.seed)
     model = VideoViT(video)
     if config.model.backbone is not None:
-        load_backbone(model, config.model.backbone)
+        for note in load_backbone(model, config.model.backbone):
+            say(f"backbone    {note}")
     model.freeze()
-    record = check_run_dir(config, world_size)  # last, since it makes the folder
+    record = None if keep is None else enter_run_dir(config, keep)
     if record is not None:
         torch.set_num_threads(record["threads"])  # sums over other parts round differently
     model.set_memory(optim.memory)
@@ -97,12 +105,13 @@ def prepare(config: RunConfig, device: torch.device) -> Job:
     left_out = f" ({len(known_bad)} bad ones left out)" if known_bad else ""
     say(f"videos      {len(samples)} to train on{left_out}, {len(val_samples)} to validate on")
     say(
-        f"batch       {optim.batch_size} clips = {optim.micro_batch} x {world_size} processes "
-        f"x {accumulation} accumulated"
+        f"batch       {optim.batch_size} clips = {optim.clips_at_once(world_size)} x {world_size} "
+        f"processes x {accumulation} accumulated"
     )
     say(
         f"schedule    {steps} steps = {optim.epochs} epochs x {loader.steps_per_epoch}, "
-        f"warm-up {round(optim.warmup_epochs * loader.steps_per_epoch)}, peak lr {optim.lr:g}"
+        f"warm-up {round(optim.warmup_epochs * loader.steps_per_epoch)}, peak lr {optim.peak_lr:g}"
+        + (f" (scaled from a batch of {optim.lr_batch})" if optim.lr_batch else "")
     )
     say(
         f"machine     {device.type}, {optim.precision}, ZeRO stage {optim.zero_stage}, "
@@ -110,6 +119,16 @@ def prepare(config: RunConfig, device: torch.device) -> Job:
     )
     say(f"decoder     {loader.decoder}")
     return Job(config, device, model, loader, val_loader, samples, val_samples, record)
+
+
+def check_device(optim: OptimConfig, device: torch.device) -> None:
+    """Raises ValueError for what DeepSpeed can't do on the CPU; sets how a GPU multiplies."""
+    if device.type == "cpu":
+        if optim.precision == "fp16":
+            raise ValueError("optim.precision fp16 needs a GPU: got the CPU; take bf16 or fp32")
+        if optim.offload:
+            raise ValueError("optim.offload needs a GPU: got the CPU, which has nothing to unload")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = optim.tf32
 
 
 def draw_shots(samples: list[Sample], shots: int, num_classes: int, seed: int) -> list[Sample]:
@@ -140,10 +159,39 @@ def gather_blocks_whole(model: VideoViT) -> None:
     set_z3_leaf_modules(model, [Block])
 
 
+def enter_run_dir(config: RunConfig, keep: ExitStack) -> dict[str, Any] | None:
+    """Makes `run.dir`, takes it until `keep` is closed; the record of the state to resume, if any.
+
+    All processes must call it at once. Raises as `check_run_dir` and `lock_folder`, and OSError if
+    the folder can't be written to.
+    """
+    folder, world_size = Path(config.run.dir), dist.get_world_size()
+    check_run_dir(config, world_size)
+
+    def take() -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise OSError(f"run.dir must be writable: got {folder} ({error.strerror})") from None
+        keep.enter_context(lock_folder(folder))
+        clear_leftovers(folder)
+
+    first_alone(take)
+    # Once more, now that nobody else writes there.
+    return together(lambda: check_run_dir(config, world_size))
+
+
 def check_run_dir(config: RunConfig, world_size: int) -> dict[str, Any] | None:
-    """Makes sure that `run.dir` can take the run; returns the record of the state to resume."""
+    """The record of the state to resume, if any. Raises ValueError if the run can't be there."""
     folder, record = Path(config.run.dir), None
-    if config.run.resume:
+    resume = config.run.resume
+    if resume == "auto":
+        resume = read_tag(folder / "state") is not None
+        if not resume and (folder / "best").exists():  # never made before a state
+            raise ValueError(f"run.resume=auto needs the state of a run that has one: got {folder}")
+    if resume:
         record = read_record(folder / "state")
         changed = differences(load_config(folder / "config.yaml"), config)
         if changed:
@@ -153,15 +201,20 @@ def check_run_dir(config: RunConfig, world_size: int) -> dict[str, Any] | None:
                 f"run.resume needs as many processes as {folder}, {record['world_size']}: "
                 f"got {world_size}"
             )
-    elif any((folder / name).exists() for name in ("config.yaml", "state", "log.jsonl")):
-        raise ValueError(f"run.dir must hold no run, unless run.resume=true: got {folder}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(f"run.dir must be writable: got {folder} ({error.strerror})") from None
+    elif not config.run.resume and any(
+        (folder / name).exists() for name in ("config.yaml", "state", "log.jsonl")
+    ):
+        raise ValueError(
+            f"run.dir must hold no run, unless run.resume is true or auto: got {folder}"
+        )
     return record
+
+
+def check_root(data: DataConfig) -> None:
+    """Raises OSError if the videos' folder has vanished, or what was mounted there."""
+    for key, root in (("data.root", data.root), ("data.val_root", data.val_root)):
+        if root is not None and not (Path(root).is_dir() and any(Path(root).iterdir())):
+            raise OSError(f"{key} must hold the videos: {root} is empty or gone")
 
 
 def class_labels(config: RunConfig) -> tuple[str, ...]:

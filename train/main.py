@@ -6,7 +6,9 @@
 
 Everything it writes is in `run.dir`: `config.yaml`, `log.jsonl`, `tensorboard/`, `state/` (to
 resume from), `last/` and `best/` (models), `bad_files.txt`, `eval.json`, `plots/`. Ctrl-C and
-SIGTERM save and stop; `run.resume=true` goes on to the very weights an unbroken run reaches.
+SIGTERM save and stop; `run.resume=true` goes on to the very weights an unbroken run reaches, and
+`run.resume=auto` does so if there is a state, else begins. With `--dry-run` nothing is written:
+the resolved config is printed, and what a run will take of memory and time.
 """
 
 from __future__ import annotations
@@ -14,14 +16,13 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import signal
 import sys
 import time
 import zlib
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from a checkout
@@ -34,23 +35,23 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from train.config import load_config
-from train.engine import (
+from train.divergence import is_bad, stop_diverged
+from train.engine import DTYPES, build_engine, checksum, seed_dropout, trained_weights
+from train.estimate import estimate
+from train.job import Job, check_root, prepare
+from train.log import RunLog, cut_log
+from train.processes import (
     StopSignals,
-    build_engine,
-    checksum,
     end_processes,
+    first_alone,
     gather,
-    load_state,
-    save_state,
     say,
-    seed_dropout,
     start_processes,
     together,
-    trained_weights,
+    told_once,
 )
-from train.job import Job, prepare
-from train.log import RunLog, cut_log
 from train.report import write_report
+from train.state import load_state, save_state
 from zeroi2v.checkpoint import save as save_folder
 from zeroi2v.checkpoint import write_whole
 from zeroi2v.cli import run
@@ -66,15 +67,20 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--config", required=True, help="YAML file, as in train/configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="parsed as YAML")
+    parser.add_argument("--dry-run", action="store_true", help="check, measure a few steps, end")
     parser.add_argument("--local_rank", "--local-rank", help="set by launchers; not needed")
     args = parser.parse_intermixed_args(argv)
     device = start_processes()
+    status = 0
     try:
-        config = together(lambda: load_config(args.config, args.overrides))
-        job = together(lambda: prepare(config, device))
-        with StopSignals() as signals:
-            status = train(job, signals)
-            dist.barrier()
+        with told_once(), ExitStack() as keep:
+            config = together(lambda: load_config(args.config, args.overrides))
+            if args.dry_run:
+                say(yaml.safe_dump(config.to_dict(), sort_keys=False))
+            job = together(lambda: prepare(config, device, None if args.dry_run else keep))
+            with StopSignals() as signals:
+                status = estimate(job, signals) if args.dry_run else train(job, signals)
+                dist.barrier()
     finally:
         end_processes()
     if status:
@@ -107,7 +113,7 @@ def train(job: Job, signals: StopSignals) -> int:
     total_steps = optim.epochs * steps_per_epoch
     last_step = min(total_steps, config.run.max_steps or total_steps)
     accumulation = optim.accumulation(dist.get_world_size())
-    dtype = torch.bfloat16 if optim.precision == "bf16" else torch.float32
+    dtype = DTYPES[optim.precision]
 
     # What a resumed run must find unchanged, beside its config.
     frozen = {n: p for n, p in job.model.named_parameters() if not p.requires_grad}
@@ -127,17 +133,21 @@ def train(job: Job, signals: StopSignals) -> int:
         progress = Progress(**job.record["progress"])
         say(f"resumed     after step {progress.step}")
     log = None
-    if is_first:
+
+    def begin() -> None:
+        nonlocal log
         write_whole(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
         cut_log(folder, progress.step, progress.validated)
         every, project = config.run.log_every, config.run.wandb
         log = RunLog(folder, steps_per_epoch, optim.epochs, every, project, config.to_dict())
 
+    first_alone(begin)
+
     def save() -> None:
         """Writes `last/`, and `state/` to resume from."""
         weights = trained_weights(engine)
-        if is_first:
-            save_model(twin, weights, folder / "last")
+        together(lambda: check_weights(weights, progress.step))
+        first_alone(lambda: save_model(twin, weights, folder / "last"))
         record = {
             "step": progress.step,
             "validated": progress.validated,
@@ -166,13 +176,16 @@ def train(job: Job, signals: StopSignals) -> int:
         if improved:
             progress.best_top1, progress.best_step = progress.top1, progress.step
             weights = trained_weights(engine)
-        if is_first:
-            best = {"best_step": progress.best_step, "best_top1": progress.best_top1}
-            text = json.dumps({"step": progress.step, **best, **figures})
+        best = {"best_step": progress.best_step, "best_top1": progress.best_top1}
+        text = json.dumps({"step": progress.step, **best, **figures})
+
+        def write() -> None:
             if improved:
                 save_model(twin, weights, folder / "best", {"eval.json": text})
             log.validation(progress.step, **{k: figures[k] for k in ("top1", "top5", "mean_class")})
             write_whole(folder / "eval.json", text + "\n")
+
+        first_alone(write)
         best = f"best {progress.best_top1:.2f} after step {progress.best_step}"
         say(f"validation  top-1 {progress.top1:.2f} % after step {progress.step} ({best})")
         return 0
@@ -182,16 +195,18 @@ def train(job: Job, signals: StopSignals) -> int:
         known = progress.bad_files[kind]
         found = {path: reason for part in gather(loader.bad_files) for path, reason in part.items()}
         new = {path: reason for path, reason in found.items() if path not in known}
+        if new:
+            together(lambda: check_root(config.data))
         known |= new
         for number, reason in enumerate(new.values(), len(known) - len(new) + 1):
             say(f"bad file    {reason} ({kind}: {number} of {total} videos)")
-        if new and is_first:
+        if new:
             lines = [f"{k}: {r}\n" for k, bad in progress.bad_files.items() for r in bad.values()]
-            write_whole(folder / "bad_files.txt", "".join(lines))
+            first_alone(lambda: write_whole(folder / "bad_files.txt", "".join(lines)))
         together(lambda: check_bad_files(known, total, config.data.max_bad_fraction))
 
     saved_step, num_bad, stop = progress.step, 0, 0
-    batches = micro_batches(job.loader, progress.step, signals)
+    batches = micro_batches(job, progress.step, signals)
     while True:
         epoch, rest = divmod(progress.step, steps_per_epoch)
         done = progress.step >= last_step
@@ -211,8 +226,10 @@ def train(job: Job, signals: StopSignals) -> int:
             break
 
         begun, waited = time.perf_counter(), 0.0
-        lr, loss_sum = max(engine.get_lr()), torch.zeros((), device=device)
+        lr, losses = max(engine.get_lr()), []
         for _ in range(accumulation):
+            if losses:
+                engine.step()  # the weights stay as they are until the last forward pass
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
@@ -221,12 +238,14 @@ def train(job: Job, signals: StopSignals) -> int:
             logits = engine(video).float()
             loss = F.cross_entropy(logits, target, label_smoothing=optim.label_smoothing)
             engine.backward(loss)
-            engine.step()  # updates the weights after the last of them
-            loss_sum += loss.detach()
+            losses.append(loss.detach())
+        loss, stop, bad = share(torch.stack(losses).mean(), signals, job.loader)
+        if is_bad(loss):
+            parts = [x.item() for x in losses]
+            weights = trained_weights(engine)
+            stop_diverged(engine.module, job, twin, weights, progress.step + 1, parts, dtype)
+        engine.step()
         progress.step += 1
-        loss, stop, bad = share(loss_sum / accumulation, signals, job.loader)
-        if not math.isfinite(loss):
-            together(partial(refuse_loss, progress.step, loss))
         if bad != num_bad:
             report_bad_files("train", job.loader, len(job.samples))
             num_bad = bad
@@ -281,14 +300,19 @@ def predict(
             return None
 
 
-def micro_batches(loader: ClipLoader, step: int, signals: StopSignals) -> Iterator[Batch]:
-    """The batches of `loader` from optimizer step `step` on, epoch after epoch."""
+def micro_batches(job: Job, step: int, signals: StopSignals) -> Iterator[Batch]:
+    """The training batches from optimizer step `step` on, epoch after epoch."""
+    loader = job.loader
     while True:
         epoch, start = divmod(step, loader.steps_per_epoch)
         batches = loader.epoch(epoch, start_step=start)
         while True:
-            with signals.not_for_children():
-                batch = next(batches, None)
+            try:
+                with signals.not_for_children():
+                    batch = next(batches, None)
+            except ValueError:
+                check_root(job.config.data)
+                raise
             if batch is None:
                 break
             yield batch
@@ -310,9 +334,14 @@ def check_identity(saved: dict[str, int], now: dict[str, int]) -> None:
             raise ValueError(f"{key} must be what the saved run used: its content has changed")
 
 
-def refuse_loss(step: int, loss: float) -> None:
-    """Raises ValueError: training has diverged."""
-    raise ValueError(f"loss must be finite: got {loss} at step {step}; try a lower optim.lr")
+def check_weights(weights: dict[str, Tensor], step: int) -> None:
+    """Raises ValueError that names the first trained weight that is not finite any more."""
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"trained weights must be finite: {name} is not after step {step}, which is not "
+                "saved; try a lower optim.lr or optim.clip_grad"
+            )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,198 @@
+"""What a run will take of memory and time, told before it starts: `train/main.py --dry-run`.
+
+A forward and backward pass of one clip and one of two are measured, with the real model, engine,
+optimizer and loaders; what a clip adds is extrapolated to the run's own number of clips. So a run
+is judged that would not fit, and changes are proposed, from measurements, that make it fit.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import gc
+import json
+import os
+import time
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, get_args
+
+import psutil
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from train.config import OptimConfig
+from train.engine import DTYPES, build_engine, seed_dropout
+from train.job import Job
+from train.processes import StopSignals, gather, say
+from zeroi2v.training_block import Memory
+
+GB = 1e9
+HEAP = 1.1
+"""Resident bytes for each that is given out on a CPU; large blocks that come and go leave gaps."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a forward and backward pass: a fixed part, and one for each clip."""
+
+    fixed: float
+    a_clip: float
+
+    def __call__(self, clips: int) -> float:
+        return self.fixed + clips * self.a_clip
+
+    def most(self, limit: float) -> int:
+        """Clips that cost `limit` at most; 0 if none do."""
+        return max(0, int((limit - self.fixed) // self.a_clip))
+
+
+def estimate(job: Job, signals: StopSignals) -> int:
+    """Measures a few steps of `job` and prints what the run will take; returns exit status 0."""
+    optim, loader, world_size = job.config.optim, job.loader, dist.get_world_size()
+    clips, passes = optim.clips_at_once(world_size), optim.accumulation(world_size)
+    twin = copy.deepcopy(job.model) if dist.get_rank() == 0 else None  # as a run has it
+    engine = build_engine(job.model, optim, loader.steps_per_epoch)
+    seed_dropout(job.config.run.seed)
+    with signals.not_for_children():
+        clip, reading = read_clip(job)
+    measure_pass(engine, clip, 1, optim)  # makes the optimizer's state
+    memory, seconds = measure(engine, clip, optim)
+    limit = memory_limit(job.device)
+    peak = max(gather(memory(clips)))
+    # Workers read while this process computes.
+    apart = max if loader.workers else lambda *parts: sum(parts)
+    step = passes * max(gather(apart(seconds(clips), reading)))
+    epoch = step * loader.steps_per_epoch
+    say(
+        f"memory      {peak / GB:.2f} GB at most in a process, of {limit / GB:.1f} GB for each: "
+        f"{memory.fixed / GB:.2f} and {memory.a_clip / GB:.3f} for each of {clips} clips"
+    )
+    say(
+        f"time        {step:.2f} s a step: {passes * seconds(clips):.2f} computing, "
+        f"{passes * reading:.2f} reading; {_span(epoch)} an epoch, {_span(epoch * optim.epochs)} "
+        "in all, beside validation"
+    )
+    fits = peak <= limit
+    for line in ["fits"] if fits else advice(job, engine, clip, memory, limit):
+        say(f"verdict     {line}")
+    say(json.dumps({
+        "memory_gb": round(peak / GB, 3), "limit_gb": round(limit / GB, 3), "fits": fits,
+        "seconds_per_step": round(step, 3), "steps_per_epoch": loader.steps_per_epoch,
+    }))  # fmt: skip
+    engine.destroy()
+    del twin
+    return 0
+
+
+def read_clip(job: Job) -> tuple[Tensor, float]:
+    """A training clip, `[1, 3, T, H, W]`, and the seconds that a batch takes to be read.
+
+    Validation's first batch is read as well, since a run holds its buffers too.
+    """
+    batches = job.loader.epoch(0)
+    clip, begun, count = next(batches).video[:1].squeeze(1).clone(), time.perf_counter(), 0
+    while count < 4 and next(batches, None) is not None:
+        count += 1
+    seconds = (time.perf_counter() - begun) / max(1, count)
+    if job.val_loader is not None:
+        next(job.val_loader.epoch())
+    return clip, seconds
+
+
+def measure(engine: Any, clip: Tensor, optim: OptimConfig) -> tuple[Cost, Cost]:
+    """Peak memory in bytes and time in seconds of a forward and backward pass, by its clips."""
+    ones, twos = (measure_pass(engine, clip, count, optim) for count in (1, 2))
+    memory, seconds = (Cost(2 * a - b, b - a) for a, b in zip(ones, twos, strict=True))
+    return memory, seconds
+
+
+def measure_pass(engine: Any, clip: Tensor, count: int, optim: OptimConfig) -> tuple[float, float]:
+    """Peak memory in bytes and time in seconds of the pass of `count` clips that ends a step."""
+    device = engine.device
+    video = clip.to(device, DTYPES[optim.precision]).expand(count, *clip.shape[1:]).contiguous()
+    label = torch.zeros(count, dtype=torch.long, device=device)
+
+    def run(last: bool) -> None:
+        engine.set_gradient_accumulation_boundary(last)
+        loss = F.cross_entropy(engine(video).float(), label)
+        engine.backward(loss)
+        engine.step()
+
+    if optim.accumulation(dist.get_world_size()) > 1:
+        run(last=False)  # whose gradients are kept
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        begun = time.perf_counter()
+        run(last=True)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated(), time.perf_counter() - begun
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what is free is given back, so that the rest can be counted
+    resident = psutil.Process().memory_info().rss
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        begun = time.perf_counter()
+        run(last=True)
+        seconds = time.perf_counter() - begun
+    held = peak = 0
+    for event in record.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return resident + HEAP * peak, seconds
+
+
+def memory_limit(device: torch.device) -> float:
+    """Bytes that each process may have: its part of this machine, or its GPU's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info()[1]
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    own = sum(gather(psutil.Process().memory_info().rss)) / dist.get_world_size()
+    limit = own + psutil.virtual_memory().available / local
+    group = Path("/sys/fs/cgroup/memory.max")
+    text = group.read_text().strip() if group.exists() else "max"
+    return limit if text == "max" else min(limit, int(text) / local)
+
+
+def advice(job: Job, engine: Any, clip: Tensor, memory: Cost, limit: float) -> list[str]:
+    """What to change so that the run fits, each with what it would then take."""
+    optim, world_size = job.config.optim, dist.get_world_size()
+    clips, lines = optim.clips_at_once(world_size), []
+
+    def propose(option: str, cost: Cost) -> None:
+        most = min(gather(cost.most(limit)))
+        if most:
+            count = replace(optim, micro_batch=min(most, clips)).clips_at_once(world_size)
+            fewer = f" optim.micro_batch={count}" if count < clips else ""
+            lines.append(f"fits with {(option + fewer).strip()}: {cost(count) / GB:.2f} GB")
+
+    propose("", memory)
+    costs = {optim.memory: memory}
+    for policy in get_args(Memory):
+        if policy not in costs:
+            engine.module.set_memory(policy)
+            costs[policy] = measure(engine, clip, optim)[0]
+            if costs[policy].a_clip < memory.a_clip:
+                propose(f"optim.memory={policy}", costs[policy])
+    frugal = min(costs.values(), key=lambda cost: cost.a_clip)
+    weights = {True: 0, False: 0}  # by whether they are trained
+    for parameter in engine.module.parameters():
+        weights[parameter.requires_grad] += getattr(parameter, "ds_numel", parameter.numel())
+    size, share = DTYPES[optim.precision].itemsize, 1 - 1 / world_size
+    # fp32 moments and copy, gradients, weights: what each stage shares out beside the one before.
+    saved = [0, 12 * weights[True], 4 * weights[True], size * sum(weights.values())]
+    for stage in range(optim.zero_stage + 1, 4 if world_size > 1 else 0):
+        less = sum(saved[optim.zero_stage + 1 : stage + 1]) * share
+        policy = next(name for name, cost in costs.items() if cost is frugal)
+        propose(f"optim.zero_stage={stage} optim.memory={policy}",
+                Cost(frugal.fixed - less, frugal.a_clip))  # fmt: skip
+    more = f"{frugal(1) / GB:.2f} GB even for one clip at a time"
+    return ["does NOT fit", *(lines or [f"no option helps: {more}; take a larger machine"])]
+
+
+def _span(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 from zeroi2v_kernels.stdha import source_frames
 
 from zeroi2v.checkpoint import fetch, load, model_folder
@@ -197,7 +198,8 @@ def main(argv: list[str]) -> None:
         rows = rows_of(maps[layer], config.head_offsets, args.heads)
         files = [out / f"layer{layer}{end}" for end in (".png", f"_frame{frame}.png", ".mp4")]
         save_picture(draw_grid(clip.images, rows, about, query), files[0])
-        strips = (draw_strip(clip.images, rows, about, query, t) for t in range(config.num_frames))
+        frames = tqdm(range(config.num_frames), f"layer {layer}", disable=None, leave=False)
+        strips = (draw_strip(clip.images, rows, about, query, t) for t in frames)
         save_picture(draw_strip(clip.images, rows, about, query, frame), files[1])
         write_film(files[2], strips)
         print(f"written      {', '.join(map(str, files))}")

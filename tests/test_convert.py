@@ -11,6 +11,7 @@ from models import build
 from train.config import load_config
 from zeroi2v import ModelConfig, cli, convert
 from zeroi2v.checkpoint import load, load_backbone
+from zeroi2v.config import RECIPES
 
 SSV2 = "vit_b16_ssv2_16"
 
@@ -140,6 +141,36 @@ def test_mmaction_config_becomes_a_config_that_loads(tmp_path, capsys):
     assert (optim.lr, optim.epochs, optim.batch_size, optim.micro_batch) == (3e-4, 50, 64, 4)
     assert (optim.warmup_epochs, optim.warmup_start, optim.label_smoothing) == (2.5, 0.1, 0.1)
     assert (optim.backbone_lr_scale, optim.weight_decay) == (0.1, 0.05)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_mmaction_config_of_every_recipe_is_that_recipe(recipe, tmp_path):
+    trained = trained_model(recipe)
+    published = trained.config
+    rate = {"dropout_rate": published.adapter.dropout}
+    theirs = tmp_path / f"{recipe}.py"
+    theirs.write_text(authors_config(trained, recipe, **rate) + TRAINING)
+    assert run(theirs, "--out", tmp_path / "ours.yaml") == 0
+    assert load_config(tmp_path / "ours.yaml").model.video == published
+
+
+def test_config_that_would_run_code_runs_none(tmp_path, capsys):
+    mark, theirs = tmp_path / "mark", tmp_path / "config.py"
+    calls = (
+        f"open({str(mark)!r}, 'w')",
+        f"__import__('os').system('touch {mark}')",
+        f"[open({str(mark)!r}, 'w') for _ in range(1)][0]",
+        f"(lambda: open({str(mark)!r}, 'w'))()",
+    )
+    text = authors_config(trained_model(SSV2), SSV2) + TRAINING
+    for call in calls:
+        theirs.write_text(f"import os\nos.mkdir({str(mark)!r})\nx = {call}\n{call}\n" + text)
+        assert run(theirs, "--out", tmp_path / "ours.yaml") == 0
+        assert "x has no counterpart" in capsys.readouterr().out
+        theirs.write_text(text.replace("batch_size=4", f"batch_size={call}"))
+        assert run(theirs, "--out", tmp_path / "ours.yaml") == 1
+        assert "batch_size must be a plain value" in capsys.readouterr().err
+    assert not mark.exists()
 
 
 def test_config_of_another_model_or_without_data_is_refused(tmp_path, capsys):

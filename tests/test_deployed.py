@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -15,13 +16,14 @@ import yaml
 from models import build, small_config
 from videos import numbered_frame, write_numbered, write_video
 
-from zeroi2v import cli, export, predict, reparam
+from zeroi2v import cli, evaluate, export, predict, reparam
 from zeroi2v.capture import record
 from zeroi2v.data.decode import read_frames
 from zeroi2v.deployed import load_deployed
 from zeroi2v.timeline import draw_timeline, duration, timeline
 
 ROOT = Path(__file__).parents[1]
+PICTURES = ("one", "none", "many")
 LABELS = tuple(f"class {i}" for i in range(11))
 
 
@@ -216,6 +218,16 @@ def test_timeline_sees_what_is_in_each_window(place, tmp_path):
     assert default["window"] == pytest.approx(8 * 16 / 30, abs=1e-3)
     assert len(default["windows"]) == 1
     draw_timeline(default, tmp_path / "one.png")
+    names = [f"a long name of class {i}" for i in range(30)]
+    spans = [{"start": i, "end": i + 1.0} for i in range(31)]
+    top = [{"topk": [{"label": name, "probability": 0.5}]} for name in names]
+    many = [span | found for span, found in zip(spans, [*top, {"error": "damaged"}], strict=True)]
+    result = {"path": "x.mp4", "seconds": 31.0, "windows": many}
+    draw_timeline(result, tmp_path / "many.png")
+    draw_timeline(result | {"windows": many[-1:]}, tmp_path / "none.png")
+    height = [struct.unpack(">I", (tmp_path / f"{n}.png").read_bytes()[20:24])[0] for n in PICTURES]
+    assert height[0] == height[1] < height[2]  # rows for labels, and no more than fit
+    assert height[2] < 1200
     for window, stride in ((0, 1), (1, -1)):
         with pytest.raises(ValueError, match="window and stride must be positive seconds"):
             timeline(model, video, window, stride)
@@ -229,13 +241,78 @@ def test_every_file_of_the_clips_has_a_result_or_a_reason(place, clips, tmp_path
     pixels = dataclasses.replace(model.config.preprocess, test_views=(1, 1), interval=2)
     model.config = dataclasses.replace(model.config, preprocess=pixels)
     model.save_pretrained(tmp_path / "model")
-    out = tmp_path / "all.jsonl"
-    assert run(tmp_path / "model", *files, "--out", out) == 1
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [line["path"] for line in lines] == files
-    classified = [line["path"] for line in lines if "topk" in line]
-    assert len(classified) >= 60 and all("topk" in line or line["error"] for line in lines)
-    assert f"{len(files) - len(classified)} of {len(files)} files" in capsys.readouterr().err
+    for format, name in (("onnx", "model.onnx"), ("torch-export", "model.pt2")):
+        export.export(load_deployed(tmp_path / "model"), format, tmp_path / name)
+    answers = {}
+    for artefact in ("model", "model.onnx", "model.pt2"):
+        out = tmp_path / f"{artefact}.jsonl"
+        capsys.readouterr()
+        assert run(tmp_path / artefact, *files, "--out", out) == 1
+        lines = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [line["path"] for line in lines] == files
+        classified = [line["path"] for line in lines if "topk" in line]
+        assert len(classified) >= 60 and all("topk" in line or line["error"] for line in lines)
+        captured = capsys.readouterr()
+        assert f"{len(files) - len(classified)} of {len(files)} files" in captured.err
+        assert "Traceback" not in captured.err + captured.out
+        answers[artefact] = [
+            [row["index"] for row in line["topk"]] if "topk" in line else line["error"]
+            for line in lines
+        ]
+    assert answers["model"] == answers["model.onnx"] == answers["model.pt2"]
+
+
+@pytest.mark.parametrize("artefact", ["model.onnx", "model.pt2"])
+def test_exported_file_is_evaluated_like_the_model(place, artefact, tmp_path, capsys):
+    (tmp_path / "list.txt").write_text("a.mp4 3\ndeep/b.mkv 0\nc with space.avi 7\n")
+    figures = {}
+    for name in ("merged", artefact):
+        out = tmp_path / f"{name}.json"
+        words = [str(place / name), "--list", str(tmp_path / "list.txt"), "--out", str(out)]
+        assert cli.run(evaluate.main, [*words, "--root", str(place / "videos")]) == 0
+        figures[name] = json.loads(out.read_text())
+    assert f"{artefact} (deployed)" in capsys.readouterr().out
+    for key in ("top1", "top5", "mean_class", "confusion", "n", "views"):
+        assert figures["merged"][key] == figures[artefact][key]
+
+
+@pytest.mark.parametrize(
+    ("words", "rule"),
+    [
+        (["--window", "0"], "--window must be positive seconds: got 0"),
+        (["--stride", "-1"], "--stride must be positive seconds: got -1"),
+        (["--seconds", "nan"], "--seconds must be positive seconds: got nan"),
+        (["--out", "notes.txt/all.jsonl"], "--out can't be written: notes.txt/all.jsonl"),
+        (["--timeline", "notes.txt"], "--timeline can't be written: notes.txt"),
+        (["--list", "none.txt"], "list not found: none.txt"),
+    ],
+)
+def test_bad_options_are_one_clear_line_before_the_model_is_read(
+    place, monkeypatch, capsys, words, rule
+):
+    monkeypatch.chdir(place / "videos")
+    monkeypatch.setattr(predict, "load_deployed", lambda *_: pytest.fail("work has begun"))
+    assert run(place / "merged", "a.mp4", *words) == 1
+    captured = capsys.readouterr()
+    assert rule in captured.err and captured.err.count("\n") == 1
+
+
+def test_timelines_of_files_of_one_name_do_not_overwrite_each_other(place, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        write_numbered(tmp_path / name / "clip.mp4", 20 if name == "one" else 40)
+    out = tmp_path / "out"
+    assert run(place / "merged", tmp_path / "one", tmp_path / "two", "--timeline", out) == 0
+    names = ["clip.json", "clip.png", "clip_2.json", "clip_2.png"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert json.loads((out / "clip_2.json").read_text())["path"] == str(tmp_path / "two/clip.mp4")
+
+
+def test_timeline_of_a_video_without_a_readable_window_is_a_failure(place, clips, tmp_path, capsys):
+    bad = clips / "derived" / "CORRUPT_bitflips.mp4"
+    assert run(place / "merged", bad, "--timeline", tmp_path / "out", "--window", 60) == 1
+    assert "damaged after frame" in capsys.readouterr().out
+    assert not list(tmp_path.rglob("*.json"))
 
 
 def test_no_video_is_one_line(place, capsys):

@@ -118,7 +118,10 @@ def model_folder(path: str | Path) -> Path:
     """`path` itself if it is a native folder, or the best (else last) model of a run folder."""
     path = Path(path)
     if not path.is_dir():
-        raise FileNotFoundError(f"model folder not found: {path}")
+        what = (
+            "model must be a folder: got the file" if path.exists() else "model folder not found:"
+        )
+        raise FileNotFoundError(f"{what} {path}")
     for candidate in (path, path / "best", path / "last"):
         if (candidate / CONFIG).is_file():
             return candidate
@@ -185,13 +188,19 @@ def check_output_folder(folder: str | Path) -> Path:
         raise ValueError(f"output must be a folder: got the file {folder}")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
         raise ValueError(f"output folder must be empty or hold a model: got {folder}")
+    return check_writable(folder, "output folder")
+
+
+def check_writable(path: str | Path, name: str) -> Path:
+    """`path` as a Path, its parent made and proven writable; `name` is what an OSError calls it."""
+    path = Path(path)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise OSError(f"output folder can't be written: {folder} ({error.strerror})") from None
-    return folder
+        raise OSError(f"{name} can't be written: {path} ({error.strerror})") from None
+    return path
 
 
 @contextmanager

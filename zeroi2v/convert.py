@@ -25,7 +25,7 @@ from torch import Tensor
 from zeroi2v.bridges import authors, open_clip, openai, timm, transformers
 from zeroi2v.bridges.foreign import Foreign, resize_positions
 from zeroi2v.bridges.reader import Source, read_source
-from zeroi2v.checkpoint import check_output_folder, check_state, save
+from zeroi2v.checkpoint import CONFIG, check_output_folder, check_state, save
 from zeroi2v.cli import run
 from zeroi2v.config import ModelConfig, recipe, unknown_name
 from zeroi2v.model import VideoViT
@@ -76,6 +76,8 @@ def load_image(path: str | Path, config: ModelConfig) -> tuple[VideoViT, list[st
 def _convert(
     source: Source, recipe_name: str | None, overrides: dict[str, Any]
 ) -> tuple[VideoViT, Foreign]:
+    if source.configs.get(CONFIG, {}).get("format") == "zeroi2v":
+        raise ValueError(f"{source.path.parent} is a native model: there is nothing to convert")
     foreign = next((f for bridge in _BRIDGES if (f := bridge.convert(source))), None)
     if foreign is None:
         raise ValueError(

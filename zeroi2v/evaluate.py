@@ -12,7 +12,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,10 +21,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from zeroi2v.checkpoint import load, model_folder, write_whole
+from zeroi2v.checkpoint import check_writable, fetch, model_folder, write_whole
 from zeroi2v.cli import run
 from zeroi2v.data.annotations import Sample, read_list
 from zeroi2v.data.pipeline import ClipLoader
+from zeroi2v.deployed import load_deployed
+from zeroi2v.model import VideoViT
 
 
 @torch.no_grad()
@@ -114,9 +115,9 @@ def default_workers(device: torch.device) -> int:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m zeroi2v.evaluate",
-        description="Accuracy of a model, adapted or merged, on a list of videos.",
+        description="Accuracy of a model, adapted, merged or exported, on a list of videos.",
     )
-    parser.add_argument("model", help="model folder, or run folder (its best model)")
+    parser.add_argument("model", help="model or run folder, .onnx or .pt2 file, or name on the hub")
     parser.add_argument("--list", required=True, help="text list, CSV or folder per class")
     parser.add_argument("--root", help="folder the list's paths are relative to")
     parser.add_argument("--views", help="CLIPSxCROPS, such as 3x1 (default: the model's own)")
@@ -128,9 +129,9 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
 
     device = default_device()
-    folder = model_folder(args.model)
-    model = load(folder).to(device)
-    config = model.config
+    source = fetch(args.model)
+    model = load_deployed(source, device)
+    config, native = model.config, isinstance(model, VideoViT)
     views = config.preprocess.test_views if args.views is None else parse_views(args.views)
     samples = read_list(args.list, args.root, config.num_classes)
     out = None if args.out is None else check_output_file(args.out)
@@ -146,15 +147,17 @@ def main(argv: list[str]) -> None:
 
     started = time.perf_counter()
     with tqdm(total=len(samples), desc="evaluate", unit="video", disable=None) as bar:
-        index, probs = predict_views(model, loader, device, progress=bar.update)
+        dtype = None if native else torch.float32  # what deployed models take
+        index, probs = predict_views(model, loader, device, dtype, bar.update)
     seconds = time.perf_counter() - started
     for reason in loader.bad_files.values():
         print(f"can't be decoded: {reason}")
     figures = metrics(probs, torch.tensor([s.label for s in samples])[index])
     undecodable = len(samples) - figures["n"]
 
-    kind = "merged or plain" if config.adapter is None else "adapted"
-    print(f"model        {folder} ({kind})")
+    name = model_folder(source) if native else source
+    kind = ("adapted" if config.adapter else "merged or plain") if native else "deployed"
+    print(f"model        {name} ({kind})")
     print(f"views        {views[0]} clips x {views[1]} crops, softmax averaged")
     print(f"videos       {figures['n']} in {seconds:.1f} s", end="")
     print(f"; {undecodable} undecodable, left out of the accuracy" if undecodable else "")
@@ -166,7 +169,7 @@ def main(argv: list[str]) -> None:
     write_predictions(beside(out, "predictions.jsonl"), samples, index, probs, loader.bad_files)
     draw_confusion(beside(out, "confusion.png"), figures["confusion"], config.labels)
     report = {
-        "model": str(folder),
+        "model": str(name),
         "list": args.list,
         "views": list(views),
         **figures,
@@ -190,13 +193,7 @@ def check_output_file(path: str | Path) -> Path:
     path = Path(path)
     if path.is_dir() or path.suffix != ".json":
         raise ValueError(f"--out must be a .json file: got {path}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise OSError(f"--out can't be written: {path} ({error.strerror})") from None
-    return path
+    return check_writable(path, "--out")
 
 
 def beside(out: Path, name: str) -> Path:

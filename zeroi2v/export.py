@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from zeroi2v.attention import STDHA
-from zeroi2v.checkpoint import load, model_folder
+from zeroi2v.checkpoint import check_writable, load, model_folder
 from zeroi2v.cli import run
 from zeroi2v.deployed import CONFIG_KEY, ExportedModel, OnnxModel, embedded
 from zeroi2v.model import VideoViT
@@ -109,8 +109,7 @@ def check_export_path(format: str, path: str | Path) -> Path:
     if path.suffix not in FORMATS[format]:
         wanted = " or ".join(FORMATS[format])
         raise ValueError(f"--out must end in {wanted} for format {format}: got {path}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+    return check_writable(path, "--out")
 
 
 class GroupedAttention(nn.Module):

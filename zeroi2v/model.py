@@ -19,7 +19,7 @@ from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
 from zeroi2v.adapter import LinearAdapter
-from zeroi2v.attention import STDHA
+from zeroi2v.attention import STDHA, uses_kernels
 from zeroi2v.config import ModelConfig
 from zeroi2v.training_block import Memory, can_train, training_block
 
@@ -126,6 +126,8 @@ class VideoViT(nn.Module, ModelHubMixin):
         save(self, folder)
 
     def _init_weights(self) -> None:
+        if self.class_embedding.is_meta:
+            return  # weights will be read; drawing them there would import a compiler for seconds
         width = self.config.width
         for module in self.modules():
             if isinstance(module, STDHA):
@@ -166,15 +168,16 @@ class Block(nn.Module):
         if can_train(self, x):
             return training_block(self, x, cls_only)
         attended = self.attn(self.ln_1(x), cls_only)
-        x = (x[:, :, :1] if cls_only else x) + attended
-        return x + self.mlp(self.ln_2(x))
+        normed, x = self.ln_2.of_sum(x[:, :, :1] if cls_only else x, attended)
+        return x + self.mlp(normed)
 
 
 class MLP(nn.Module):
     """Two linear layers with an activation between them, each beside its adapter while training.
 
     QuickGELU, z * sigmoid(1.702 z), is computed as silu(1.702 z) / 1.702: one pass instead of
-    three, and both factors ride on the matrix products around it.
+    three, and both factors ride on the matrix products around it. On CUDA one kernel adds the bias
+    and applies the activation.
     """
 
     def __init__(self, config: ModelConfig):
@@ -193,7 +196,12 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., C]` -> `[..., C]`."""
         x = self.in_adapter(x)
-        if self.activation_scale is None:
+        if uses_kernels(x):
+            from zeroi2v_kernels.activation import bias_activation
+
+            hidden = F.linear(x, self.c_fc.weight)
+            x = self.c_proj(bias_activation(hidden, self.c_fc.bias, self.activation))
+        elif self.activation_scale is None:
             x = self.c_proj(F.gelu(self.c_fc(x)))
         else:
             scale = self.activation_scale
@@ -217,16 +225,29 @@ class ScaledLinear(nn.Linear):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm with statistics and arithmetic in float32 at least, whatever the input's dtype."""
+    """Layer norm with statistics and arithmetic in float32 at least, whatever the input's dtype.
+
+    PyTorch's kernels do so in registers for half precision, input and output staying narrow; only
+    under autocast, which widens both, is the output cast back. On CUDA one kernel of ours also
+    makes the sum that is normalised.
+    """
 
     def __init__(self, width: int):
         super().__init__(width, eps=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., C]` -> `[..., C]`, same dtype."""
-        if x.dtype in (torch.bfloat16, torch.float16):
-            weight, bias = self.weight.float(), self.bias.float()
-            return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(
-                x.dtype
-            )
-        return super().forward(x)
+        if uses_kernels(x):
+            from zeroi2v_kernels.norm import add_layer_norm
+
+            return add_layer_norm(x, None, self.weight, self.bias, self.eps)[0]
+        return super().forward(x).to(x.dtype)
+
+    def of_sum(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of `x + added`, and that sum; on CUDA in one pass."""
+        if uses_kernels(x) and added.dtype == x.dtype:
+            from zeroi2v_kernels.norm import add_layer_norm
+
+            return add_layer_norm(added, x, self.weight, self.bias, self.eps)
+        total = x + added
+        return self(total), total

@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,7 +28,7 @@ from torch import nn
 from tqdm import tqdm
 
 from zeroi2v.capture import as_file
-from zeroi2v.checkpoint import fetch, write_whole
+from zeroi2v.checkpoint import check_writable, fetch, write_whole
 from zeroi2v.cli import run
 from zeroi2v.data.annotations import VIDEO_SUFFIXES, Sample
 from zeroi2v.data.pipeline import ClipLoader
@@ -138,6 +139,8 @@ def read_paths(path: str, root: str | None) -> list[str]:
 
     Raises OSError if there is no such list, ValueError if it is empty.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"list not found: {path}")
     found = []
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         name, _, last = line.strip().rpartition(" ")
@@ -155,10 +158,9 @@ class Results:
     def __init__(self, path: str, model: str):
         if Path(path).suffix != ".jsonl":
             raise ValueError(f"--out must be a .jsonl file: got {path}")
-        self.path, self.model = Path(path), model
+        self.path, self.model = check_writable(path, "--out"), model
         self.done: dict[str, bool] = {}
         """Whether each video of the file was classified."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
         whole = text[: text.rfind("\n") + 1]  # a stopped run may have left part of a line
         for number, line in enumerate(whole.splitlines(), 1):
@@ -203,6 +205,11 @@ def main(argv: list[str]) -> None:
         raise ValueError("videos must be given: as files, folders, a --list, - or camera:0")
     if args.topk < 1:
         raise ValueError(f"topk must be at least 1: got {args.topk}")
+    for name in ("window", "stride", "seconds"):
+        if (value := getattr(args, name)) is not None and not value > 0:
+            raise ValueError(f"--{name} must be positive seconds: got {value:g}")
+    if args.timeline is not None:
+        check_writable(Path(args.timeline) / "x.json", "--timeline")
     out = Results(args.out, args.model) if args.out else None
     todo = [n for n in dict.fromkeys(names) if out is None or n not in out.done]
     failed = 0 if out is None else sum(not out.done[n] for n in set(names) & out.done.keys())
@@ -240,17 +247,21 @@ def _timelines(model: nn.Module, files: dict[str, str], args) -> Iterator[dict[s
     """Writes a JSON and a PNG for each file; yields its path and where they are, or its error."""
     from zeroi2v.timeline import draw_timeline, timeline
 
-    folder = Path(args.timeline)
-    folder.mkdir(parents=True, exist_ok=True)
+    taken: Counter[str] = Counter()
     for path, name in files.items():
+        stem = "pipe" if name == "-" else Path(name).stem.replace(":", "")
+        taken[stem] += 1
+        target = Path(args.timeline) / (f"{stem}_{taken[stem]}" if taken[stem] > 1 else stem)
         try:
             result = timeline(model, path, args.window, args.stride, args.topk)
         except ValueError as error:
             yield {"path": path, "error": str(error)}
             continue
+        if all("error" in window for window in result["windows"]):
+            yield {"path": path, "error": result["windows"][0]["error"]}
+            continue
         result["path"] = name
-        stem = Path(name).stem if Path(name).stem not in ("", "-") else "pipe"
-        target = folder / f"{stem.replace(':', '')}.json"
+        target = target.with_name(f"{target.name}.json")  # a stem may hold dots
         write_whole(target, json.dumps(result, indent=1) + "\n")
         draw_timeline(result, target.with_suffix(".png"))
         yield {"path": path, "timeline": str(target), "windows": result["windows"]}

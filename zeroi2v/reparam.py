@@ -3,7 +3,8 @@
     python -m zeroi2v.reparam RUN_OR_FOLDER --out FOLDER [--dtype fp32|bf16|fp16] [--clips LIST]
 
 Merging is computed in float64 and then cast. Before anything is written, the merged model is run
-beside the adapted one: in float64, where they must agree to 1e-10, and in the dtype asked for.
+beside the adapted one: in float64, where they must agree to 1e-10 on one clip, and in the dtype
+asked for on all.
 """
 
 from __future__ import annotations
@@ -141,15 +142,26 @@ def verify(adapted: VideoViT, merged: VideoViT, clips: Tensor) -> MergeReport:
 
 
 def _trace(model: VideoViT, clips: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """CLS after each block, then the logits, of a copy of `model` in eval mode and `dtype`."""
-    model = copy.deepcopy(model).to(dtype).eval()
+    """CLS after each block, then the logits, of `model` (a copy if need be) in eval and `dtype`."""
+    if model.head.weight.dtype != dtype:
+        model = copy.deepcopy(model).to(dtype)
+    was_training = model.training
+    model.eval()
     trace: list[Tensor] = []
-    for block in model.transformer.resblocks:
+    hooks = [
         block.register_forward_hook(lambda _m, _args, out: trace.append(out[:, :, 0].double()))
+        for block in model.transformer.resblocks
+    ]
     rows = []
-    with torch.no_grad():
-        for clip in clips.to(model.head.weight.device, dtype).split(1):  # one by one: L/14 is big
-            rows.append(model(clip).double())
+    try:
+        with torch.no_grad():
+            # One by one: L/14 is big.
+            for clip in clips.to(model.head.weight.device, dtype).split(1):
+                rows.append(model(clip).double())
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
     depth = model.config.depth
     return [torch.cat(trace[block::depth]) for block in range(depth)] + [torch.cat(rows)]
 
@@ -197,7 +209,8 @@ def main(argv: list[str]) -> None:
     reports = []
     for proof in dict.fromkeys((torch.float64, dtype)):
         merged = merge(adapted, proof)
-        reports.append(verify(adapted, merged, clips))
+        # Arithmetic shows in one clip, and float64 is slow.
+        reports.append(verify(adapted, merged, clips[:1] if proof == torch.float64 else clips))
         print(reports[-1])
         if not reports[-1].passed:
             raise ValueError(

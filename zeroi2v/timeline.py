@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,8 @@ from zeroi2v.predict import predict_each
 
 UNIFORM_SECONDS = 4.0
 """Window of a model that spreads its frames over the whole video."""
+MAX_ROWS = 20
+"""Labels that a picture names."""
 
 
 def timeline(
@@ -101,33 +104,54 @@ def duration(path: str) -> tuple[float, float]:
 
 
 def draw_timeline(result: dict[str, Any], path: str | Path) -> None:
-    """Draws a timeline to PNG `path`: a strip of the label over time, and its probability."""
+    """Draws a timeline to PNG `path`: a strip of the label over time, and probabilities below it.
+
+    Rows are the labels that are ever the most probable, in order of their first time, at most
+    `MAX_ROWS` of those that are it longest. Windows that can't be decoded are hatched.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    windows = [w for w in result["windows"] if "topk" in w]
-    labels = list(dict.fromkeys(w["topk"][0]["label"] for w in windows))
-    colours = {label: f"C{i % 10}" for i, label in enumerate(labels)}
-    figure, (strip, curve) = pyplot.subplots(
-        2, 1, figsize=(12, 3.6), sharex=True, height_ratios=(1, 2), layout="constrained"
-    )
+    windows = result["windows"]
     middles = [(w["start"] + w["end"]) / 2 for w in windows]
-    edges = [0.0, *((a + b) / 2 for a, b in pairwise(middles))]
-    edges.append(result["seconds"])
-    for w, (left, right) in zip(windows, pairwise(edges), strict=True):
-        strip.axvspan(left, right, color=colours[w["topk"][0]["label"]], linewidth=0)
-    for label in labels:
-        values = [
-            next((row["probability"] for row in w["topk"] if row["label"] == label), 0.0)
-            for w in windows
-        ]
-        curve.plot(middles, values, marker="o", markersize=3, color=colours[label], label=label)
-    strip.set(yticks=[], title=Path(result["path"]).name, xlim=(0, result["seconds"]))
-    curve.set(xlabel="seconds", ylabel="probability", ylim=(0, 1.02))
-    if labels:
-        curve.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
+    edges = [0.0, *((a + b) / 2 for a, b in pairwise(middles)), result["seconds"]]
+    best = [w["topk"][0]["label"] if "topk" in w else None for w in windows]
+    counts = Counter(label for label in best if label is not None)
+    longest = [label for label, _ in counts.most_common(MAX_ROWS)]
+    labels = [label for label in counts if label in longest]
+    colours = dict(zip(labels, pyplot.get_cmap("tab20").colors, strict=False))
+    share = np.full((max(len(labels), 1), len(windows)), np.nan)
+    for column, w in enumerate(windows):
+        if "topk" in w:
+            found = {row["label"]: row["probability"] for row in w["topk"]}
+            share[: len(labels), column] = [found.get(label, 0.0) for label in labels]
+
+    height = 0.28 * len(share)
+    figure, (strip, rows) = pyplot.subplots(
+        2,
+        1,
+        figsize=(12, 2.2 + height),
+        sharex=True,
+        height_ratios=(0.6, max(height, 0.6)),
+        layout="constrained",
+    )
+    for label, (left, right) in zip(best, pairwise(edges), strict=True):
+        if label is None:
+            strip.axvspan(left, right, facecolor="white", edgecolor="grey", hatch="///")
+        else:
+            strip.axvspan(left, right, color=colours.get(label, "lightgrey"), linewidth=0)
+    picture = rows.pcolormesh(edges, np.arange(len(share) + 1), share, vmin=0, vmax=1, cmap="Blues")
+    rows.invert_yaxis()
+    figure.colorbar(picture, ax=rows, label="probability", pad=0.01)
+    rows.set_yticks(np.arange(len(labels)) + 0.5, labels, fontsize=8)
+    for tick, label in zip(rows.get_yticklabels(), labels, strict=True):
+        tick.set(bbox=dict(facecolor=colours[label], edgecolor="none", alpha=0.6, pad=1.5))
+    others = len(counts) - len(labels)
+    title = Path(result["path"]).name + (f" ({others} labels more, in grey)" if others else "")
+    strip.set(yticks=[], title=title, xlim=(0, result["seconds"]))
+    rows.set(xlabel="seconds", facecolor="whitesmoke")
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, dpi=120, format="png")

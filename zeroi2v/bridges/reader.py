@@ -102,6 +102,8 @@ def read_source(path: str | Path) -> Source:
         raise
     except Exception as error:  # a damaged file makes the readers raise nearly anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if " " not in reason:  # such as the key of a KeyError
+            reason = "neither safetensors nor a file of torch.save"
         raise ValueError(f"weights file can't be read: {path} ({reason})") from None
 
 

@@ -5,6 +5,7 @@ tests/test_fuzz.py`. Each is made from its own number, so a failure can be made 
 """
 
 import hashlib
+import io
 import multiprocessing
 import os
 import time
@@ -19,10 +20,12 @@ from av.video.reformatter import VideoReformatter
 from videos import write_numbered
 
 from zeroi2v.data.decode import DecodeError, read_frames
+from zeroi2v.data.gop import DALI_CPU, NVDEC, Cut, Cutter
 from zeroi2v.data.manifest import inspect_video
 
 COUNT = int(os.environ.get("ZEROI2V_FUZZ", "320"))
 TIMEOUT = 5.0
+CUTTERS = (DALI_CPU, Cutter(codecs=NVDEC.codecs))
 
 MADE = {
     "b.mp4": ("libx264", {"g": "8", "bf": "2"}),
@@ -84,11 +87,11 @@ def digest(frame: np.ndarray) -> str:
 
 @cache
 def decoded_source(path: str) -> frozenset[str]:
-    return frozenset(decoded(path)[0])
+    return frozenset(map(digest, decoded(path)[0]))
 
 
-def decoded(path: str) -> tuple[list[str], bool]:
-    """Hashes of the frames a decode of the whole file gives, past errors, and if it had none."""
+def decoded(path: str | io.BytesIO) -> tuple[list[np.ndarray], bool]:
+    """The frames a decode of the whole file gives, past errors, and whether it had none."""
     frames, whole = [], True
     convert = VideoReformatter()
     try:
@@ -105,7 +108,7 @@ def decoded(path: str) -> tuple[list[str], bool]:
                             convert.reformat(frame, format="rgb24", threads=1).to_ndarray(),
                             round(frame.rotation / 90),
                         )
-                        frames.append(digest(image))
+                        frames.append(image)
                         whole = whole and not frame.is_corrupt
                 except StopIteration:
                     break
@@ -139,13 +142,16 @@ def attack(number: int, sources: list[str], folder: str) -> dict:
     begun = time.perf_counter()
     facts = inspect_video(path, "x", TIMEOUT)
     seconds = max(seconds, time.perf_counter() - begun)
-    truth, whole = decoded(path)
+    images, whole = decoded(path)
+    truth = [digest(image) for image in images]
     mine, true_frames = (
         [digest(frame) for frame in frames],
         set(truth) | decoded_source(str(source)),
     )
-    os.remove(path)
     result = dict(source=source.name, error=error, seconds=seconds, wrong="")
+    for cutter in CUTTERS:
+        result["wrong"] = result["wrong"] or attack_cut(path, choose, cutter, images, whole)
+    os.remove(path)
     if error and path not in error:
         result["wrong"] = f"does not name the file: {error}"
     if mine and not set(mine) <= true_frames:
@@ -158,6 +164,54 @@ def attack(number: int, sources: list[str], folder: str) -> dict:
     if whole and truth and facts.error is None and facts.frames != len(truth):
         result["wrong"] = f"check_data counts {facts.frames} of {len(truth)} frames"
     return result
+
+
+def attack_cut(path: str, choose, cutter: Cutter, images: list[np.ndarray], whole: bool) -> str:
+    """What is wrong with the frames of the file's cut, if it has one."""
+    wanted = []
+
+    def remember(total):
+        wanted[:] = choose(total)
+        return np.array(wanted)
+
+    try:
+        cut = read_frames(path, remember, timeout=TIMEOUT, cut=cutter)
+    except DecodeError:
+        return ""
+    if not isinstance(cut, Cut):
+        return ""
+    if cutter is DALI_CPU:
+        frames = decoded_by_dali(cut)
+        if whole and (frames is None or len(frames) != len(wanted)):
+            return "DALI fails on a whole file"
+        allowed = 6  # rounds colours otherwise; a frame away would differ by more
+    else:
+        parts, _ = decoded(io.BytesIO(cut.data.tobytes()))
+        if whole and len(parts) <= max(cut.frames):
+            return f"the cut has {len(parts)} frames, not {max(cut.frames) + 1}"
+        frames = [parts[i] for i in cut.frames] if whole else []
+        allowed = 0
+    if whole:
+        for frame, i in zip(frames, wanted, strict=True):
+            if np.abs(frame.astype(int) - images[i]).mean() > allowed:
+                return f"frame {i} of the cut is not that of the file"
+    return ""
+
+
+def decoded_by_dali(cut: Cut) -> list[np.ndarray] | None:
+    """The frames by DALI on the CPU; None if it fails, and may: it must not crash."""
+    from nvidia.dali import fn, pipeline_def
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
+    def graph():
+        data = fn.external_source(lambda: [cut.data])
+        picks = fn.external_source(lambda: [cut.frames])
+        return fn.decoders.video(data, frames=picks, pad_mode="edge")
+
+    try:
+        return list(np.array(graph().run()[0].at(0)))
+    except RuntimeError:
+        return None
 
 
 def run_attacks(sources: list[str], folder: Path, numbers: range) -> list[dict]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_decode import whole_decode
 from test_pipeline import FULL, assert_same, config, pixels
-from videos import hide_frame, numbered_frame, read_number, write_numbered, write_video
+from videos import numbered_frame, read_number, write_numbered, write_video
 
 from zeroi2v.data import decode
 from zeroi2v.data.annotations import Sample
@@ -40,7 +40,6 @@ def decoded(cut: Cut) -> np.ndarray:
         ("hevc.mp4", "libx265", {"x265-params": "keyint=12:open-gop=0:log-level=none"}),
         ("av1.mkv", "libsvtav1", {"g": "12", "preset": "10", "crf": "10"}),
         ("vp9.webm", "libvpx-vp9", VP9),
-        ("vp8.webm", "libvpx", {"g": "12", "deadline": "realtime"}),
         ("mjpeg.avi", "mjpeg", {}),
     ],
 )
@@ -56,7 +55,7 @@ def test_a_cut_holds_the_wanted_frames_and_only_their_groups(tmp_path, name, cod
         with av.open(io.BytesIO(cut.data.tobytes())) as container:
             packets = [p for p in container.demux(video=0) if p.size]
             assert packets[0].is_keyframe and min(p.pts for p in packets) >= 0
-            assert container.streams.video[0].frames in (len(packets), 0)
+            assert container.streams.video[0].frames == len(packets)
         if len(wanted) == 1:
             assert len(packets) <= 12 if "g" in options or name == "hevc.mp4" else 1
 
@@ -78,7 +77,7 @@ def test_cuts_of_real_files_hold_their_frames(clips):
             cuts.add(row["codec"])
             frames, _ = whole_decode(path, set(want))
             assert np.array_equal(decoded(got), np.stack([frames[i] for i in want])), row["file"]
-    assert cuts == {"h264", "hevc", "av1", "vp8", "vp9", "mjpeg"}
+    assert cuts == {"h264", "hevc", "av1", "vp9", "mjpeg"}
 
 
 @pytest.mark.parametrize(
@@ -92,6 +91,7 @@ def test_cuts_of_real_files_hold_their_frames(clips):
         "derived/walk_h264_444.mp4",
         "derived/walk_h264_opengop.mkv",
         "derived/walk_mpeg2.mpg",
+        "derived/walk_vp8.webm",
         "derived/walk_mpeg4_bframes.avi",
         "derived/walk_wmv2.wmv",
         "derived/walk_h264.ts",
@@ -119,14 +119,11 @@ def test_limits_of_size_and_codec_and_a_wrong_count_leave_a_video_to_pyav(tmp_pa
         assert [read_number(frame) for frame in frames] == [0, 5]
 
 
-def test_interlaced_and_hidden_frames_are_left_to_pyav(tmp_path):
+def test_interlaced_frames_are_left_to_pyav(tmp_path):
     fields = {"flags": "+ildct+ilme", "x264-params": "tff=1"}
-    interlaced = write_numbered(tmp_path / "i.mp4", 12, size=(96, 128), **fields)
-    plain = write_numbered(tmp_path / "v.webm", 20, "libvpx", g="12", deadline="realtime")
-    hidden = hide_frame(plain, tmp_path / "h.webm", 7)
-    for path, want in ((interlaced, [0, 9]), (hidden, [0, 10])):
-        frames = read_frames(path, lambda n: np.array([0, 9]), None, None, 60, None, ALL)
-        assert isinstance(frames, np.ndarray) and [read_number(f) for f in frames] == want
+    path = write_numbered(tmp_path / "i.mp4", 12, size=(96, 128), **fields)
+    frames = read_frames(path, lambda n: np.array([0, 9]), None, None, 60, None, ALL)
+    assert isinstance(frames, np.ndarray) and [read_number(f) for f in frames] == [0, 9]
 
 
 # DALI's own decoder, on the CPU
@@ -176,7 +173,7 @@ def test_both_decoders_give_the_same_frames_in_the_same_batches(samples):
             )
             assert np.abs(different).mean() < 1.5
         assert loaders["pyav"].decoded_by == {"pyav": 7 * epochs}
-        assert loaders["dali"].decoded_by == {"dali": 4 * epochs, "pyav": 3 * epochs}
+        assert loaders["dali"].decoded_by == {"dali": 3 * epochs, "pyav": 4 * epochs}
 
 
 def test_augmentation_and_views_are_the_same_for_both_decoders(samples):
@@ -221,7 +218,7 @@ def test_a_video_that_dali_fails_on_is_named_and_replaced_like_any_bad_one(
     samples, tmp_path, workers
 ):
     bad = damage_packets(samples[2].path, tmp_path / "bad.avi", (*range(3, 50, 2),))
-    mixed = [samples[0], samples[2], Sample(bad, 3), samples[4], samples[0], samples[2]]
+    mixed = [samples[0], samples[2], Sample(bad, 3), samples[2], samples[0], samples[2]]
     cfg = config(64, 8, val_short_side=64)
     loader = ClipLoader(mixed, cfg, batch_size=2, seed=3, workers=workers, decoder="dali")
     other = ClipLoader(mixed, cfg, batch_size=2, seed=3, decoder="pyav")
@@ -243,7 +240,7 @@ def test_auto_leaves_to_the_hardware_only_what_a_manifest_vouches_for(samples):
     loader.plan = dataclasses.replace(loader.plan, cutter=DALI_CPU)
     assert "what it can of 5 videos that a manifest knows to be whole; the rest" in loader.decoder
     next(iter(loader.epoch()))
-    assert loader.decoded_by == {"dali": 3, "pyav": 4}  # not the part of the first, which is not
+    assert loader.decoded_by == {"dali": 2, "pyav": 5}  # not the part of the first, which is not
 
 
 def test_a_cache_needs_no_second_decoder(samples, tmp_path):

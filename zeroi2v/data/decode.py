@@ -34,10 +34,10 @@ MAX_PIXELS = 2**26
 MAX_CLIP_BYTES = 4 * 2**30
 """Largest size accepted of all frames of a clip, in bytes of RGB."""
 
-# Containers and codecs in which each packet is one shown frame. Not so: fields in mpegts, packed
-# B-frames in avi. (Hidden frames of vp8 have packets of their own: `read_index` looks for them.)
+# Containers and codecs in which each packet is one shown frame. Not so: fields in mpegts, hidden
+# frames in vp8, packed B-frames in avi.
 SEEKABLE = {"mov,mp4,m4a,3gp,3g2,mj2": {"h264", "hevc", "av1", "mjpeg"}, "avi": {"mjpeg"}}
-SEEKABLE["matroska,webm"] = SEEKABLE["mov,mp4,m4a,3gp,3g2,mj2"] | {"vp8", "vp9"}
+SEEKABLE["matroska,webm"] = SEEKABLE["mov,mp4,m4a,3gp,3g2,mj2"] | {"vp9"}
 
 
 class DecodeError(ValueError):
@@ -169,8 +169,7 @@ def open_video(path: str, limit: Limit, **codec_options: str):
 
 def read_index(container, stream, limit: Limit) -> Index:
     pts, dts, is_key, discard = [], [], [], []
-    name = stream.codec_context.codec.canonical_name
-    damaged = hidden = False
+    damaged = False
     try:
         for packet in container.demux(stream):
             limit.check()
@@ -179,7 +178,6 @@ def read_index(container, stream, limit: Limit) -> Index:
                 dts.append(packet.dts)
                 is_key.append(packet.is_keyframe)
                 discard.append(packet.is_discard)
-                hidden |= name == "vp8" and not memoryview(packet)[0] & 16  # bit show_frame
     except av.FFmpegError:
         damaged = True
     except IndexError:  # what PyAV raises if the chosen stream is not among those of the file
@@ -196,7 +194,7 @@ def read_index(container, stream, limit: Limit) -> Index:
     else:
         times = np.arange(len(shown)) / frame_rate
     codecs = SEEKABLE.get(container.format.name, ())
-    seekable = complete and not damaged and not hidden and name in codecs
+    seekable = complete and not damaged and stream.codec_context.codec.canonical_name in codecs
     return Index(pts, dts, is_key, shown, times, frame_rate, seekable)
 
 

@@ -2,7 +2,7 @@
 
 DALI's video decoder (NVDEC on a GPU) takes a file in memory and decodes all of it up to the last
 wanted frame. So a worker copies the packets that the wanted frames need, from the keyframe before
-each, into a small file in memory, without decoding them, and says which frames of that to take.
+each, into a small MP4 in memory, without decoding them, and says which frames of that to take.
 
 Only what is sure to give the same frames there is cut: codecs and sizes that the decoder has, 8-bit
 4:2:0, closed groups of pictures, no rotation and no interlaced fields. The first picture is decoded
@@ -29,7 +29,7 @@ class Cut:
     """A part of a video that is still to be decoded."""
 
     data: np.ndarray
-    """An MP4 or WebM file of the needed groups of pictures, uint8 [bytes]."""
+    """An MP4 file of the needed groups of pictures, uint8 [bytes]."""
     frames: np.ndarray
     """Positions of the wanted frames in it, in the order asked for, int32 [F]."""
     height: int
@@ -85,9 +85,10 @@ class Cutter:
 
 # What NVDEC decodes (AV1 since Ampere), and its smallest sizes. Not MPEG-4, which it could: packets
 # of its AVI files are not frames, so that only decoding the whole file tells which frame is which.
-NVDEC = Cutter(codecs=frozenset({"h264", "hevc", "av1", "vp8", "vp9"}), min_side=144)
-# Without a GPU DALI decodes by FFmpeg, of which it carries only these.
-DALI_CPU = Cutter(codecs=frozenset({"vp8", "vp9", "mjpeg"}))
+# Nor VP8, whose packets may hold hidden frames.
+NVDEC = Cutter(codecs=frozenset({"h264", "hevc", "av1", "vp9"}), min_side=144)
+# Without a GPU DALI decodes by FFmpeg, of which it carries only these (and VP8).
+DALI_CPU = Cutter(codecs=frozenset({"vp9", "mjpeg"}))
 
 
 def _has_leading_frames(index: Index, key: int, last: int) -> bool:
@@ -123,13 +124,11 @@ def _is_plain(codec, key: av.Packet) -> bool:
 
 
 def _remux(stream, packets: list[av.Packet], place: dict[int, int]) -> np.ndarray:
-    """The packets as a file of their own, shown in the order of `place`, at even distances."""
+    """The packets as an MP4 file, shown in the order of `place`, at even distances."""
     late = max(i - place[packet.pts] for i, packet in enumerate(packets))
-    format = "webm" if stream.codec_context.codec.canonical_name == "vp8" else "mp4"
-    # With an edit list, rounding may hide the last frame.
-    options = {"use_editlist": "0"} if format == "mp4" else {}
     file = io.BytesIO()
-    with av.open(file, "w", format=format, options=options) as container:
+    # With an edit list, rounding may hide the last frame.
+    with av.open(file, "w", format="mp4", options={"use_editlist": "0"}) as container:
         track = container.add_stream_from_template(stream, opaque=True)
         for i, packet in enumerate(packets):
             packet.stream, packet.time_base, packet.duration = track, _TICK, 1

@@ -185,7 +185,9 @@ def _facts(config: RunConfig, model: ModelConfig, log: list[dict[str, Any]]) -> 
     sampling = f"{pixels.interval} apart" if pixels.sampling == "dense" else "spread over the video"
     shifted = [f"{offset:+d}" for offset in model.head_offsets if offset]
     last = next(line for line in reversed(log) if "loss" in line)
-    clips = round(last["step"] / last["epoch"]) * optim.batch_size
+    epoch = ""
+    if last["epoch"] >= 1:
+        epoch = f"; an epoch is {round(last['step'] / last['epoch']) * optim.batch_size:,} clips"
     facts = {
         "recipe": config.model.recipe or published_recipe(model) or "none of the published ones",
         "image model": f"CLIP ViT of width {model.width}, {model.depth} blocks, {model.num_heads} "
@@ -195,7 +197,7 @@ def _facts(config: RunConfig, model: ModelConfig, log: list[dict[str, Any]]) -> 
         "heads that read another frame": f"{len(shifted)} of {model.num_heads} in each block, "
         f"by {', '.join(shifted)} frames" if shifted else "none",
         "trained parameters": f"{trained:,} of {total:,} ({100 * trained / total:.1f} %)",
-        "training videos": f"{config.data.train_list}; an epoch is {clips:,} clips"
+        "training videos": f"{config.data.train_list}{epoch}"
         + (f", {config.data.shots} videos of each class" if config.data.shots else ""),
         "validation videos": str(config.data.val_list or "none"),
         "classes": f"{model.num_classes}",

@@ -161,9 +161,9 @@ def main(argv: list[str]) -> None:
     print(f"views        {views[0]} clips x {views[1]} crops, softmax averaged")
     print(f"videos       {figures['n']} in {seconds:.1f} s", end="")
     print(f"; {undecodable} undecodable, left out of the accuracy" if undecodable else "")
-    for key, name in (("top1", "top-1"), ("top5", "top-5"), ("mean_class", "mean class")):
+    for key, title in (("top1", "top-1"), ("top5", "top-5"), ("mean_class", "mean class")):
         if figures[key] is not None:
-            print(f"{name:<12} {figures[key]:6.2f} %")
+            print(f"{title:<12} {figures[key]:6.2f} %")
     if out is None:
         return
     write_predictions(beside(out, "predictions.jsonl"), samples, index, probs, loader.bad_files)

@@ -49,13 +49,16 @@ Memory = Literal["save", "lean", "recompute"]
 def can_train(block: Block, x: Tensor) -> bool:
     """Whether a gradient is wanted, and none of the backbone's parameters in `block`.
 
-    And whether the device is one whose operators the block knows.
+    And whether the block knows the operators of this device, and attention is left to it, or asked
+    of the backend that it uses: `triton` on CUDA, `sdpa` on the CPU.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_exporting():
         return False
     frozen, adapters = _parameters(block)
     wanted = x.requires_grad or any(p.requires_grad for p in adapters)
     if not wanted or any(p.requires_grad for p in frozen):
+        return False
+    if block.attn.backend not in (None, "triton" if x.is_cuda else "sdpa"):
         return False
     if x.is_cuda:
         fits = x.dtype in TRITON_DTYPES and x.shape[-1] // block.attn.num_heads in TRITON_WIDTHS
@@ -93,6 +96,7 @@ def _parameters(block: Block) -> tuple[list[Tensor], list[Tensor]]:
 
 
 @torch.library.custom_op("zeroi2v::block_forward", mutates_args=())
+@adapter_linear.without_autocast
 def block_forward(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -119,6 +123,7 @@ def block_forward(
 
 
 @torch.library.custom_op("zeroi2v::block_backward", mutates_args=())
+@adapter_linear.without_autocast
 def block_backward(
     grad: Tensor,
     x: Tensor,

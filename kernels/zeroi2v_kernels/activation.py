@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -156,18 +157,21 @@ activation_forward.register_autograd(_backward, setup_context=_save)
 
 def compile_cases(arch: int) -> Iterator[dict]:
     """Every kernel and configuration shipped for `arch`, as `stdha_launch.compile_cases`."""
-    for kernel in (_activation_fwd_kernel, _activation_bwd_kernel):
-        for kind in KINDS:
+    for kernel, direction in (
+        (_activation_fwd_kernel, "forward"),
+        (_activation_bwd_kernel, "backward"),
+    ):
+        for kind, has_bias, element in product(KINDS, (False, True), ("bf16", "fp16", "fp32")):
             constants = dict(
-                COLUMNS=3072, HAS_BIAS=False, QUICK=kind == "quick_gelu",
-                BLOCK_ROWS=_BLOCK[0], BLOCK_COLUMNS=_BLOCK[1], bias_ptr=None,
+                COLUMNS=3072, HAS_BIAS=has_bias, QUICK=kind == "quick_gelu",
+                BLOCK_ROWS=_BLOCK[0], BLOCK_COLUMNS=_BLOCK[1],
             )  # fmt: skip
+            constants |= {} if has_bias else {"bias_ptr": None}
             names = [name for name in kernel.arg_names if name not in constants]
-            direction = "forward" if kernel is _activation_fwd_kernel else "backward"
             yield dict(
-                name=f"{kind} {direction} bf16",
+                name=f"{kind} {direction} {element}{' of a sum' * has_bias}",
                 kernel=kernel,
-                types={n: "*bf16" if n.endswith("_ptr") else "i32" for n in names},
+                types={n: f"*{element}" if n.endswith("_ptr") else "i32" for n in names},
                 constants=constants,
                 options=dict(num_warps=_WARPS),
                 tensor_cores=False,

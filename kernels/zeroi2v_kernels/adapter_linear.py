@@ -30,7 +30,8 @@ Source: ZeroI2V (arXiv 2310.01324), section 3.3.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -107,11 +108,15 @@ def adapter_linear(
         seed: of the dropout, one int64 on the device of `x`; None draws it.
 
     Returns:
-        `[..., out]`. All tensors are of one dtype and device.
+        `[..., out]`. All tensors are of one dtype and device; autocast casts them to its own.
 
     Raises:
         ValueError: a shape or dtype that does not fit, or a weight that requires a gradient.
     """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = (t.to(dtype) for t in (x, weight, bias))
+        adapter = Adapter(*(t.to(dtype) for t in adapter[:4]), adapter.scale)
     if weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"weight must be [out, {x.shape[-1]}]: got {list(weight.shape)}")
     if bias.shape != weight.shape[:1]:
@@ -263,6 +268,17 @@ def dropout_mask(like: Tensor, dropout: Dropout) -> Tensor:
     return kept.to(like.dtype).mul_(2**16 / (2**16 - dropout.dropped))
 
 
+def without_autocast(operator: Callable) -> Callable:
+    """`operator` as it computes without autocast, which would narrow what it does in float32."""
+
+    @functools.wraps(operator)
+    def wide(x: Tensor, *args, **kwargs):
+        with torch.autocast(x.device.type, enabled=False):
+            return operator(x, *args, **kwargs)
+
+    return wide
+
+
 def uses_kernels(x: Tensor) -> bool:
     """Whether Triton's kernels compute with x."""
     return x.is_cuda
@@ -294,6 +310,7 @@ def _sum(x: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("zeroi2v::adapter_linear_forward", mutates_args=())
+@without_autocast
 def adapter_linear_forward(
     x: Tensor,
     weight: Tensor,
@@ -325,6 +342,7 @@ def _keeps_output(weight: Tensor) -> bool:
 
 
 @torch.library.custom_op("zeroi2v::adapter_linear_backward", mutates_args=())
+@without_autocast
 def adapter_linear_backward(
     grad: Tensor,
     source: Tensor,

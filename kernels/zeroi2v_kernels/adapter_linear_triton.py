@@ -33,11 +33,12 @@ class Launch(NamedTuple):
     stages: int
 
 
-# By compute capability; every entry is compiled by tests/test_compile_kernels.py.
+# By compute capability and the largest rank; tests/test_compile_kernels.py compiles every entry.
+# Each program reads both weights, so many rows spare traffic; at rank 256 they would spill.
 LAUNCH = {
-    80: Launch(64, 32, 32, 8, 2),
-    90: Launch(64, 64, 64, 8, 2),
-    100: Launch(64, 64, 64, 8, 2),
+    80: {192: Launch(128, 32, 32, 8, 2), 256: Launch(64, 32, 32, 8, 2)},
+    90: {192: Launch(128, 64, 32, 8, 2), 256: Launch(64, 64, 64, 8, 2)},
+    100: {192: Launch(128, 64, 64, 8, 2), 256: Launch(64, 64, 64, 8, 2)},
 }
 _DROPOUT_BLOCK = (16, 256)
 
@@ -227,7 +228,7 @@ def fits(x: Tensor, rank: int) -> bool:
 
 def _plan(width, rank, backward, has_residual, place, dropped, x, arch=None):
     """Constants and options of `_bottleneck_kernel`."""
-    launch = LAUNCH[arch or _arch(x.device)]
+    launch = LAUNCH[arch or _arch(x.device)][192 if rank <= 192 else 256]
     size_a = max(16, 1 << (rank.bit_length() - 1))
     size_b = max(16, triton.next_power_of_2(rank - size_a)) if rank > size_a else 0
     constants = dict(
@@ -254,36 +255,40 @@ def _device(x: Tensor):
 
 def compile_cases(arch: int) -> Iterator[dict]:
     """Every kernel and configuration shipped for `arch`, as `stdha_launch.compile_cases`."""
-    names = _bottleneck_kernel.arg_names
-    for width, rank in ((768, 192), (1024, 256)):
-        for backward in (False, True):
-            constants, options = _plan(width, rank, backward, not backward, 0, 6554, None, arch)
-            if backward:
-                absent = ("first_bias_ptr", "second_bias_ptr", "residual_ptr")
-                constants |= dict.fromkeys(absent)
-            direction = "backward" if backward else "forward"
+    shapes = [(768, 192, "bf16"), (1024, 256, "bf16"), (768, 192, "fp16"), (192, 48, "bf16")]
+    kinds = [  # backward, dropout in 2^-16, dtype of the residual
+        *((False, 0, None), (False, 0, "same"), (False, 6554, None), (False, 6554, "same")),
+        *((False, 6554, "fp32"), (True, 0, None), (True, 6554, None)),
+    ]
+    for width, rank, element in shapes:
+        for backward, dropped, residual in kinds:
+            constants, options = _plan(
+                width, rank, backward, bool(residual), 0, dropped, None, arch
+            )
+            absent = ["first_bias_ptr", "second_bias_ptr"] * backward
+            absent += ["residual_ptr"] * (not residual) + ["seed_ptr"] * (not dropped)
+            types = dict.fromkeys(_bottleneck_kernel.arg_names, f"*{element}")
+            types |= dict(seed_ptr="*i64", num_rows="i32", first_scale="fp32", scale="fp32")
+            if residual == "fp32":
+                types |= dict(residual_ptr="*fp32", out_ptr="*fp32")
+            constants |= dict.fromkeys(absent)
+            flags = " dropout" * bool(dropped) + f" residual {residual}" * bool(residual)
             yield dict(
-                name=f"adapter {direction} C={width} R={rank} bf16",
+                name=f"adapter {'backward' if backward else 'forward'} C={width} R={rank} "
+                f"{element}{flags}",
                 kernel=_bottleneck_kernel,
-                types={name: _type_of(name) for name in names if name not in constants},
+                types={name: kind for name, kind in types.items() if name not in constants},
                 constants=constants,
                 options=options,
                 tensor_cores=True,
             )
-    constants = dict(R=192, PLACE=0, DROPPED=6554, BLOCK_M=16, BLOCK_R=256)
-    yield dict(
-        name="adapter dropout R=192 bf16",
-        kernel=_dropout_kernel,
-        types={n: _type_of(n) for n in _dropout_kernel.arg_names if n not in constants},
-        constants=constants,
-        options=dict(num_warps=4),
-        tensor_cores=False,
-    )
-
-
-def _type_of(argument: str) -> str:
-    if argument == "seed_ptr":
-        return "*i64"
-    if argument.endswith("_ptr"):
-        return "*bf16"
-    return "i32" if argument == "num_rows" else "fp32"
+    for element in ("bf16", "fp16", "fp32"):
+        rows, columns = _DROPOUT_BLOCK
+        yield dict(
+            name=f"adapter dropout R=192 {element}",
+            kernel=_dropout_kernel,
+            types=dict(x_ptr=f"*{element}", seed_ptr="*i64", out_ptr=f"*{element}", num_rows="i32"),
+            constants=dict(R=192, PLACE=0, DROPPED=6554, BLOCK_M=rows, BLOCK_R=columns),
+            options=dict(num_warps=4),
+            tensor_cores=False,
+        )

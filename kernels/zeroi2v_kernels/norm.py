@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ from zeroi2v_kernels.dot import INTERPRET
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WARPS = 4
-_ROWS = 4  # of a program's tile
+_ROWS = 2  # of a program's tile
 _SUMMERS = 4 if INTERPRET else 512  # programs that sum weight gradients
 
 
@@ -243,29 +244,29 @@ norm_forward.register_autograd(_backward, setup_context=_save)
 
 def compile_cases(arch: int) -> Iterator[dict]:
     """Every kernel and configuration shipped for `arch`, as `stdha_launch.compile_cases`."""
-    floats = ("weight_ptr", "bias_ptr", "mean_ptr", "rstd_ptr", "weight_sums_ptr", "bias_sums_ptr")
-    for width in (768, 1024):
+    dtypes = [  # of the branch and what is normalised, and of the residual stream
+        *(("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"), ("bf16", "fp32")),
+    ]
+    for width, (element, stream), is_sum in product((768, 1024), dtypes, (False, True)):
         tile = dict(C=width, ROWS=_ROWS, BLOCK_C=triton.next_power_of_2(width))
-        for flag in (False, True):
-            absent = [] if flag else ["residual_ptr"]
-            forward = dict(HAS_RESIDUAL=flag, **dict.fromkeys(absent))
-            absent = [] if flag else ["total_grad_ptr"]
-            backward = dict(HAS_TOTAL_GRAD=flag, SUMS=flag, **dict.fromkeys(absent))
-            for kernel, constants in ((_norm_fwd_kernel, forward), (_norm_bwd_kernel, backward)):
-                constants = constants | tile
-                types = {
-                    name: "*fp32" if name in floats else "*bf16" if name.endswith("_ptr") else "i32"
-                    for name in kernel.arg_names
-                    if name not in constants
-                }
-                if "eps" in types:
-                    types["eps"] = "fp32"
-                direction = "forward" if kernel is _norm_fwd_kernel else "backward"
-                yield dict(
-                    name=f"layer norm {direction}{' of a sum' * flag} C={width} bf16",
-                    kernel=kernel,
-                    types=types,
-                    constants=constants,
-                    options=dict(num_warps=_WARPS),
-                    tensor_cores=False,
-                )
+        absent = [] if is_sum else ["residual_ptr"]
+        forward = dict(HAS_RESIDUAL=is_sum, **dict.fromkeys(absent)) | tile
+        absent = [] if is_sum else ["total_grad_ptr"]
+        backward = dict(HAS_TOTAL_GRAD=is_sum, SUMS=is_sum, **dict.fromkeys(absent)) | tile
+        streams = ["residual_ptr", "total_ptr", "total_grad_ptr", "out_ptr"]
+        streams += [] if is_sum else ["x_ptr"]
+        for kernel, constants in ((_norm_fwd_kernel, forward), (_norm_bwd_kernel, backward)):
+            types = dict.fromkeys(kernel.arg_names, "*fp32")  # weights, statistics, sums
+            types |= dict.fromkeys(("x_ptr", "normed_ptr", "grad_ptr"), f"*{element}")
+            types |= dict.fromkeys(streams, f"*{stream}") | dict(num_rows="i32", eps="fp32")
+            names = [name for name in kernel.arg_names if name not in constants]
+            direction = "forward" if kernel is _norm_fwd_kernel else "backward"
+            yield dict(
+                name=f"layer norm {direction}{' of a sum' * is_sum} C={width} {element}, "
+                f"residual {stream}",
+                kernel=kernel,
+                types={name: types[name] for name in names},
+                constants=constants,
+                options=dict(num_warps=_WARPS),
+                tensor_cores=False,
+            )

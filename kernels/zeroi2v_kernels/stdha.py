@@ -68,11 +68,15 @@ def stdha(
     scale: float | None = None,
     backend: str | None = None,
     overwrite: bool = False,
+    num_frames: int | None = None,
 ) -> Tensor:
     """Attention within each frame, the keys and values of head h coming from `head_offsets[h]` on.
 
+    Under autocast queries, keys and values are cast to its dtype, as PyTorch's attention does.
+
     Args:
-        qkv: packed queries, keys and values, `[B, T, N, 3, H, D]`, floating point.
+        qkv: packed queries, keys and values, `[B, T, N, 3, H, D]`, floating point; or, with
+            `num_frames`, `[B*T, N, 3, H, D]`, as an image model has them.
         head_offsets: H ints, in frames.
         scale: positive factor on the scores; `D ** -0.5` by default.
         backend: what computes it, and nothing else will; None takes what `choose_backend` says.
@@ -83,17 +87,24 @@ def stdha(
             `sdpa`: PyTorch's fused attention, after moving the keys of the shifted heads.
             `reference`: the definition.
         overwrite: allow `qkv` to be modified, which saves `sdpa` a copy; only without autograd.
+        num_frames: T, for a `qkv` whose clips and frames are one axis.
 
     Returns:
-        `[B, T, N, H, D]`, dtype and device of `qkv`.
+        `[B, T, N, H, D]`, or `[B*T, N, H, D]` with `num_frames`; dtype and device of `qkv`.
 
     Raises:
         ValueError: a shape, dtype or backend that does not fit, or a package that is missing.
 
     Source: ZeroI2V (arXiv 2310.01324), section 3.2.
     """
+    if num_frames is not None:
+        if qkv.ndim != 5 or num_frames < 1 or qkv.shape[0] % num_frames:
+            raise ValueError(f"qkv must be [B*{num_frames}, N, 3, H, D]: got {list(qkv.shape)}")
+        clips = qkv.unflatten(0, (-1, num_frames))
+        return stdha(clips, head_offsets, scale, backend, overwrite).flatten(0, 1)
     if qkv.ndim != 6 or qkv.shape[3] != 3:
         raise ValueError(f"qkv must be [B, T, N, 3, H, D]: got {list(qkv.shape)}")
+    (qkv,) = _autocast(qkv)
     scale, backend = _check(qkv, "qkv", head_offsets, scale, backend)
     if backend == "triton":
         return stdha_op(qkv, list(head_offsets), scale)[0]
@@ -131,6 +142,12 @@ def stdha_split(
     shape = key_value.shape
     if key_value.ndim != 6 or (*shape[:2], *shape[3:]) != (clips, frames, 2, *heads):
         raise ValueError(f"key_value must be [B, T, N, 2, H, D] like query: got {list(shape)}")
+    query, key_value = _autocast(query, key_value)
+    if (key_value.dtype, key_value.device) != (query.dtype, query.device):
+        raise ValueError(
+            f"key_value must be {query.dtype} on {query.device} like query: "
+            f"got {key_value.dtype} on {key_value.device}"
+        )
     scale, backend = _check(query, "query", head_offsets, scale, backend)
     if backend == "triton":
         return stdha_split_op(query, key_value, list(head_offsets), scale)[0]
@@ -141,6 +158,15 @@ def choose_backend(x: Tensor) -> str:
     """The backend that None stands for: `triton` for half precision on CUDA, else `sdpa`."""
     fits = x.dtype in HALF and x.shape[-1] in TRITON_WIDTHS
     return "triton" if x.is_cuda and fits and HAS_TRITON else "sdpa"
+
+
+def _autocast(*tensors: Tensor) -> list[Tensor]:
+    """In the dtype of autocast, where it is on; float64 stays, as in PyTorch."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(kind)
+    return [x.to(dtype) if x.dtype in TRITON_DTYPES else x for x in tensors]
 
 
 def _attend(

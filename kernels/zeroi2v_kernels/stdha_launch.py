@@ -12,8 +12,10 @@ from torch import Tensor
 
 from zeroi2v_kernels import stdha_triton as kernels
 from zeroi2v_kernels.dot import INTERPRET
+from zeroi2v_kernels.stdha import HALF, TRITON_WIDTHS
 
 LOG2_E = 1.4426950408889634
+ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}  # in Triton
 
 
 class Launch(NamedTuple):
@@ -54,8 +56,13 @@ LAUNCH = {
 # Float32 products are exact and run on the plain cores of any device.
 LAUNCH_FLOAT32 = {
     "streamed": Launch(32, 64, 8, 1),
+    ("streamed", 32): Launch(32, 64, 4, 1),
+    ("streamed", 128): Launch(32, 64, 16, 1),
     "query": Launch(32, 32, 8, 1),
+    ("query", 16): Launch(32, 32, 4, 1),
+    ("query", 128): Launch(32, 32, 16, 1),
     "key_value": Launch(32, 32, 8, 1),
+    ("key_value", 16): Launch(32, 32, 4, 1),
 }
 
 
@@ -194,13 +201,11 @@ def arch(device: torch.device) -> int:
 
 
 def _resident(query: Tensor) -> bool:
-    return query.shape[-1] == 64 and query.dtype in (torch.bfloat16, torch.float16)
+    return query.shape[-1] == 64 and query.dtype in HALF
 
 
 def _launch_of(query: Tensor, name: str, arch: int) -> Launch:
-    if query.dtype == torch.float32:
-        return LAUNCH_FLOAT32[name]
-    table = LAUNCH[arch]
+    table = LAUNCH_FLOAT32 if query.dtype == torch.float32 else LAUNCH[arch]
     return table.get((name, query.shape[-1]), table[name])
 
 
@@ -258,24 +263,28 @@ def compile_cases(arch: int) -> Iterator[dict]:
     Each is a dict of `name`, `kernel`, `types` (of each argument that is no constant, by name),
     `constants`, `options` and `tensor_cores` (whether its products should run on them).
     """
-    offsets = (-1, 1) + (0,) * 10
-    shapes = [  # tokens that ask, tokens, head width, dtype
-        *((197, 197, 64, torch.bfloat16), (257, 257, 64, torch.bfloat16)),
-        *((50, 50, 64, torch.float16), (577, 577, 64, torch.bfloat16)),
-        *((1, 197, 64, torch.bfloat16), (577, 577, 128, torch.bfloat16)),
-        *((577, 577, 16, torch.float16), (577, 577, 128, torch.float32)),
+    heads = {768: (-1, 1) + (0,) * 10, 1024: (-1, -1, 1, 1, -2, -2) + (0,) * 10}
+    tokens = {50: 768, 101: 768, 197: 768, 257: 1024}  # of a frame, and the model's width
+    shapes = [(n, n, 64, dtype, heads[width]) for n, width in tokens.items() for dtype in HALF]
+    shapes += [(1, n, 64, torch.bfloat16, heads[width]) for n, width in tokens.items()]
+    shapes += [(1, 577, 64, torch.bfloat16, heads[1024]), (197, 197, 64, torch.float32, heads[768])]
+    shapes += [
+        (577, 577, width, dtype, heads[1024])
+        for width in TRITON_WIDTHS
+        for dtype in (*HALF, torch.float32)
     ]
-    for num_queries, tokens, width, dtype in shapes:
-        query = torch.empty(1, 8, num_queries, 12, width, dtype=dtype, device="meta")
-        key_value = torch.empty(1, 8, tokens, 2, 12, width, dtype=dtype, device="meta")
+    for num_queries, num_keys, width, dtype, offsets in shapes:
+        frames = (1, 8)
+        query = torch.empty(*frames, num_queries, len(offsets), width, dtype=dtype, device="meta")
+        key_value = query.new_empty(*frames, num_keys, 2, len(offsets), width)
         plans = [plan_forward(query, key_value, offsets, arch)]
         plans += plan_backward(query, key_value, offsets, arch).values()
-        element = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
         for plan in plans:
             kernel = plan.kernel.fn.__name__.strip("_").removesuffix("_kernel")
             names = [name for name in plan.kernel.arg_names if name not in plan.constants]
+            element = ELEMENTS[dtype]
             yield dict(
-                name=f"stdha {kernel} M={num_queries} N={tokens} D={width} {element}",
+                name=f"stdha {kernel} M={num_queries} N={num_keys} D={width} {element}",
                 kernel=plan.kernel,
                 types={name: _type_of(name, element) for name in names},
                 constants=plan.constants,

@@ -1,19 +1,27 @@
-"""Decoding and augmentation on the CPU, in clips a second, by the distance between keyframes.
+"""Decoding and augmentation, in clips a second, by the distance between keyframes.
 
-Each contestant gives the same 8 frames of a 300-frame 340x256 H.264 video; that ours are the
-frames of a decode of the whole file is checked before anything is timed. Rivals that are not
-installed are left out, with the reason. One thread each: parallel work is over clips.
+On the CPU each contestant gives the same 8 frames of a 300-frame 340x256 H.264 video; that ours
+are the frames of a decode of the whole file is checked before anything is timed. Rivals that are
+not installed are left out, with the reason. One thread each: parallel work is over clips.
+
+On a GPU also: what its decoder makes of each codec beside PyAV, of damaged files, how fast it is,
+and how long a training step of ViT-L/14 waits for data. Those skip without one, as far as DALI
+cannot decode that codec on the CPU.
 """
 
+import time
 from functools import partial
 from itertools import count
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+import torch
 from av.video.reformatter import VideoReformatter
 
-from zeroi2v.config import ModelConfig
+from zeroi2v import RECIPES, VideoViT
+from zeroi2v.config import ModelConfig, PreprocessConfig
 from zeroi2v.data.annotations import Sample
 from zeroi2v.data.decode import read_frames
 from zeroi2v.data.pipeline import AugmentConfig, ClipLoader
@@ -21,27 +29,48 @@ from zeroi2v.data.sampling import dense_indices
 
 FRAMES, HEIGHT, WIDTH = 300, 256, 340
 CLIPS = 6
+GPU = torch.cuda.is_available()
+needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU: there is none")
+
+ENCODERS = {
+    "h264": ("mp4", "libx264", {"crf": "23", "sc_threshold": "0"}),
+    "hevc": ("mp4", "libx265", {"x265-params": "log-level=none:open-gop=0:scenecut=0"}),
+    "av1": ("mp4", "libsvtav1", {"preset": "10", "crf": "30"}),
+    "vp9": ("webm", "libvpx-vp9", {"deadline": "realtime", "cpu-used": "8", "crf": "30"}),
+    "mjpeg": ("avi", "mjpeg", {}),
+}
 
 
-@pytest.fixture(scope="module", params=(12, 50, 250))
-def video(request, tmp_path_factory) -> tuple[str, int]:
+def encode(path: Path, codec: str, gop: int, frames: int = FRAMES, size=(HEIGHT, WIDTH)) -> str:
     """A moving, textured video with a keyframe every `gop` frames."""
-    gop = request.param
-    path = str(tmp_path_factory.mktemp("videos") / f"gop{gop}.mp4")
+    suffix, encoder, options = ENCODERS[codec]
+    options = options | {"g": str(gop), "keyint_min": str(gop)}
+    if codec == "hevc":
+        options["x265-params"] += f":keyint={gop}:min-keyint={gop}"
+    path = path.with_suffix(f".{suffix}")
     rng = np.random.default_rng(0)
-    coarse = rng.integers(256, size=(HEIGHT // 8 + 40, WIDTH // 8 + 80, 3), dtype=np.uint8)
-    picture = np.kron(coarse, np.ones((8, 8, 1), np.uint8))
-    options = {"g": str(gop), "keyint_min": str(gop), "sc_threshold": "0", "crf": "23"}
-    with av.open(path, "w") as container:
-        stream = container.add_stream("libx264", rate=30, options=options)
-        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-        for i in range(FRAMES):
-            image = picture[i : i + HEIGHT, 2 * i : 2 * i + WIDTH].astype(np.int16)
+    height, width = size
+    shape = (height // 8 + frames // 8 + 3, width // 8 + frames // 4 + 5, 3)
+    picture = np.kron(rng.integers(256, size=shape), np.ones((8, 8, 1), int))
+    for axis in (0, 1):  # as soft as a photograph
+        picture = sum(np.roll(picture, i, axis) for i in range(8)) // 8
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(encoder, rate=30, options=options)
+        stream.height, stream.width = size
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        for i in range(frames):
+            image = picture[i : i + height, 2 * i : 2 * i + width].astype(np.int16)
             image = np.clip(image + rng.integers(-6, 7, size=image.shape), 0, 255)
             frame = av.VideoFrame.from_ndarray(image.astype(np.uint8), format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-    return path, gop
+    return str(path)
+
+
+@pytest.fixture(scope="module", params=(12, 50, 250))
+def video(request, tmp_path_factory) -> tuple[str, int]:
+    gop = request.param
+    return encode(tmp_path_factory.mktemp("videos") / f"gop{gop}", "h264", gop), gop
 
 
 def clips_of(number: int) -> list[np.ndarray]:
@@ -68,10 +97,10 @@ def whole_decode(path: str, wanted: np.ndarray) -> np.ndarray:
     return np.stack([frames[i] for i in wanted])
 
 
-def torchcodec(path: str, wanted: np.ndarray) -> np.ndarray:
+def torchcodec(path: str, wanted: np.ndarray, mode: str = "exact") -> np.ndarray:
     from torchcodec.decoders import VideoDecoder
 
-    decoder = VideoDecoder(path, num_ffmpeg_threads=1, dimension_order="NHWC")
+    decoder = VideoDecoder(path, num_ffmpeg_threads=1, dimension_order="NHWC", seek_mode=mode)
     return decoder.get_frames_at(wanted.tolist()).data.numpy()
 
 
@@ -81,42 +110,46 @@ def decord(path: str, wanted: np.ndarray) -> np.ndarray:
     return VideoReader(path, num_threads=1).get_batch(wanted).asnumpy()
 
 
-def rivals(path: str, wanted: np.ndarray) -> dict:
-    """The rivals that are there and give the right frames."""
-    found, truth = {}, whole_decode(path, wanted).astype(int)
-    for rival in (torchcodec, decord):
-        try:
-            frames = rival(path, wanted)
-        except (ImportError, OSError, RuntimeError) as error:
-            print(f"{rival.__name__} is left out: {str(error).splitlines()[0]}")
-            continue
-        # Their colour conversion may round otherwise, but a frame away would differ by far more.
-        assert np.abs(frames - truth).mean() < 3, rival.__name__
-        found[rival.__name__] = rival
-    return found
+RIVALS = {
+    "torchcodec": torchcodec,
+    "torchcodec, approximate": partial(torchcodec, mode="approximate"),
+    "decord": decord,
+}
 
 
 def bench_decoding(video, compare):
     path, gop = video
     clips = clips_of(CLIPS)
-    for wanted in clips:
-        assert np.array_equal(ours(path, wanted), whole_decode(path, wanted))
+    truth = np.stack([whole_decode(path, wanted) for wanted in clips])
+    contestants, absent = {"ours": ours, "PyAV, whole file": whole_decode}, {}
+    for name, rival in RIVALS.items():
+        try:
+            rival(path, clips[0])
+        except (ImportError, OSError, RuntimeError) as error:
+            absent[name] = str(error).splitlines()[0]
+            print(f"{name} is left out: {absent[name]}")
+        else:
+            contestants[name] = rival
+
+    def check(name, frames):
+        if name == "ours":
+            assert np.array_equal(frames, truth)
+        # Theirs may round colours otherwise, but a frame away would differ by far more.
+        assert np.abs(frames.astype(int) - truth).mean() < 3, name
 
     def all_clips(read):
-        for wanted in clips:
-            read(path, wanted)
+        return np.stack([read(path, wanted) for wanted in clips])
 
-    contestants = {"ours": ours, "PyAV, whole file": whole_decode, **rivals(path, clips[0])}
-    rows = compare(
+    compare(
         {name: partial(all_clips, read) for name, read in contestants.items()},
         baseline="ours",
+        check=check,
+        absent=absent,
+        device="cpu",
         gop=gop,
         clips=CLIPS,
         threads=1,
     )
-    if rows:
-        for name, row in rows.items():
-            print(f"{name}: {CLIPS / row['seconds']:.1f} clips/s at GOP {gop}")
 
 
 def bench_decoding_and_augmentation(video, compare):
@@ -141,7 +174,145 @@ def bench_decoding_and_augmentation(video, compare):
             "decode, augment": partial(epoch, augmented),
         },
         baseline="decode",
+        device="cpu",
         gop=gop,
         clips=CLIPS,
         threads=1,
     )
+
+
+# DALI's decoder: on a GPU the hardware's
+
+
+def loader_of(path: str, decoder: str, clips: int, device: str, **arguments) -> ClipLoader:
+    """Clips of 8 frames of one video, of its own size but for the border."""
+    process = PreprocessConfig(val_short_side=HEIGHT, test_short_side=HEIGHT, interval=16)
+    config = ModelConfig(num_frames=8, image_size=224, preprocess=process)
+    arguments = dict(batch_size=clips, workers=2, device=device) | arguments
+    return ClipLoader([Sample(path, 0)] * clips, config, decoder=decoder, **arguments)
+
+
+@pytest.mark.parametrize("codec", ENCODERS)
+def bench_pixels_by_codec(codec, tmp_path, store, device):
+    """How far DALI's colours are from PyAV's, on 0..255; the frames must be the same ones."""
+    path = encode(tmp_path / codec, codec, 50, frames=100)
+    loaders = [loader_of(path, decoder, 4, device) for decoder in ("pyav", "dali")]
+    if loaders[1].plan.cutter is None or codec not in loaders[1].plan.cutter.codecs:
+        pytest.skip(f"DALI on the {device} leaves {codec} to PyAV")
+    theirs, mine = (next(iter(loader.epoch())).video.cpu() for loader in loaders)
+    assert loaders[1].decoded_by == {"dali": 4}, loaders[1].bad_files
+    std = torch.tensor(loaders[0].plan.config.preprocess.std).view(3, 1, 1, 1)
+    difference = ((theirs - mine) * std).abs()  # [B, 1, 3, T, H, W]
+    by_frame = difference.mean(dim=(1, 2, 4, 5))
+    away = ((theirs.roll(1, dims=3) - mine) * std).abs().mean(dim=(1, 2, 4, 5))
+    assert (by_frame < away / 4).all(), (by_frame, away)
+    mean, most = float(difference.mean()), float(difference.max())
+    rows = {codec: dict(mean_difference=mean, max_difference=most)}
+    print(rows)
+    store(rows, device=device, gop=50)
+
+
+@pytest.mark.parametrize("gop", [12, 50, 250])
+def bench_decoders(gop, tmp_path, compare, device):
+    """Clips a second of the same loader with either decoder."""
+    codec = "h264" if GPU else "vp9"
+    path = encode(tmp_path / codec, codec, gop, frames=FRAMES if GPU else 60)
+    clips = 256 if GPU else 4
+    arguments = dict(batch_size=min(clips, 32), augment=AugmentConfig(), workers=12 if GPU else 1)
+    loaders = {name: loader_of(path, name, clips, device, **arguments) for name in ("pyav", "dali")}
+    epochs = {name: count() for name in loaders}
+
+    def epoch(name):
+        batches = [batch.video for batch in loaders[name].epoch(next(epochs[name]))]
+        if GPU:
+            torch.cuda.synchronize()
+        return sum(map(len, batches))
+
+    def check(name, number):
+        assert number == clips
+        assert loaders[name].decoded_by == {name: clips}
+
+    compare(
+        {name: partial(epoch, name) for name in loaders},
+        baseline="pyav",
+        check=check,
+        codec=codec,
+        gop=gop,
+        clips=clips,
+    )
+
+
+@needs_gpu
+@pytest.mark.parametrize("damage", ["noise in packets", "cut short", "zeros in packets"])
+def bench_damaged_files_on_a_gpu(damage, tmp_path, store):
+    """What becomes of a damaged video among whole ones: named, concealed, or wrong frames."""
+    path = encode(tmp_path / "whole", "h264", 50, frames=100)
+    data, rng = bytearray(Path(path).read_bytes()), np.random.default_rng(0)
+    if damage == "cut short":  # of a file whose index is in front
+        with av.open(path) as source, av.open(str(tmp_path / "bad.mkv"), "w") as container:
+            track = container.add_stream_from_template(source.streams.video[0], opaque=True)
+            for packet in source.demux(video=0):
+                if packet.size:
+                    packet.stream = track
+                    container.mux(packet)
+        data = (tmp_path / "bad.mkv").read_bytes()
+        data = data[: len(data) // 2]
+    else:
+        with av.open(path) as container:
+            packets = [bytes(p) for p in container.demux(video=0) if p.size]
+        for body in packets[5::7]:
+            at, size = data.find(body), len(body) * 3 // 4
+            data[at + len(body) - size : at + len(body)] = (
+                rng.bytes(size) if damage.startswith("noise") else bytes(size)
+            )
+    bad = tmp_path / ("cut.mkv" if damage == "cut short" else "bad.mp4")
+    bad.write_bytes(data)
+    samples = [Sample(path, 0), Sample(str(bad), 1)] * 4
+    config = ModelConfig(num_frames=8, num_classes=2)
+    loader = ClipLoader(samples, config, batch_size=2, mode="val", device="cuda", decoder="dali")
+    whole, seen = None, []
+    for batch in loader.epoch():
+        one = batch.video[0].cpu()
+        whole = one if whole is None else whole
+        assert torch.equal(one, whole)  # the neighbour of a damaged clip is unharmed
+        seen.append(batch.index.tolist())
+    rows = {damage: dict(named=len(loader.bad_files), decoded_by=dict(loader.decoded_by))}
+    print(rows, loader.bad_files)
+    store(rows, device="cuda")
+
+
+@needs_gpu
+@pytest.mark.parametrize("decoder", ["dali", "pyav"])
+def bench_waiting_of_a_training_step(decoder, tmp_path, store):
+    """Share of the time that a training step of ViT-L/14, 8 frames, waits for its clips."""
+    path = encode(tmp_path / "v", "h264", 50)
+    config = RECIPES["vit_l14_k400_8x16"].model
+    samples = [Sample(path, i % 400) for i in range(8 * 40)]
+    loader = ClipLoader(
+        samples,
+        config,
+        batch_size=8,
+        augment=AugmentConfig(),
+        workers=12,
+        device="cuda",
+        decoder=decoder,
+    )
+    model = VideoViT(config).cuda().bfloat16().train()
+    model.freeze()
+    waited, begun, clips = 0.0, None, 0
+    batches = loader.epoch()
+    for step in range(40):
+        if step == 8:  # the workers have started
+            torch.cuda.synchronize()
+            waited, begun = 0.0, time.perf_counter()
+        asked = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - asked
+        logits = model(batch.video.squeeze(1).bfloat16()).float()
+        torch.nn.functional.cross_entropy(logits, batch.target.cuda()).backward()
+        torch.cuda.synchronize()
+        clips += len(batch.index) if step >= 8 else 0
+    seconds = time.perf_counter() - begun
+    rows = {decoder: dict(waited=waited / seconds, clips_per_second=clips / seconds)}
+    print(rows)
+    store(rows, device="cuda", model="L/14", frames=8, batch=8)

@@ -15,6 +15,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,11 @@ if not torch.cuda.is_available():  # kernels run in Triton's interpreter; it rea
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 RESULTS = Path(__file__).with_name("results")
+OPTIONAL = (
+    "av deepspeed nvidia transformers timm open_clip torchvision torchcodec decord flash_attn "
+    "onnx onnxscript onnxruntime matplotlib tensorboard"
+).split()
+"""Modules without which a bench is skipped."""
 
 
 def pytest_addoption(parser):
@@ -42,6 +48,43 @@ def pytest_collection_modifyitems(config, items):
     if config.getoption("--benchmark") and config.pluginmanager.hasplugin("timeout"):
         for item in items:
             item.add_marker(pytest.mark.timeout(3600))
+
+
+@contextmanager
+def skipping(what: str):
+    """Turns the lack of an optional module into a skip of `what` that says so."""
+    try:
+        yield
+    except (ModuleNotFoundError, pytest.Module.CollectError) as error:
+        missing = error if isinstance(error, ModuleNotFoundError) else error.__cause__
+        name = getattr(missing, "name", None) or ""
+        if name.split(".")[0] in OPTIONAL:
+            pytest.skip(f"{what}: {name} is not installed", allow_module_level=True)
+        raise
+
+
+class BenchModule(pytest.Module):
+    """A file of benches, skipped as a whole if it imports an optional module that is not there."""
+
+    def collect(self):
+        with skipping(self.path.name):
+            return list(super().collect())
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    return BenchModule.from_parent(parent, path=module_path)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    with skipping(item.name):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    with skipping(item.name):
+        return (yield)
 
 
 if "pytest_benchmark.plugin" not in sys.modules:
@@ -79,6 +122,8 @@ def store(request, timed):
     `rows` maps names (of models, cases) to figures. Nothing is kept without `--benchmark`.
     """
 
+    start = time.perf_counter()
+
     def keep(rows: dict[str, dict] | None = None, **facts) -> None:
         if not timed:
             return
@@ -93,6 +138,7 @@ def store(request, timed):
             commit=setting["commit"],
             command=setting["command"],
             date=datetime.now(timezone.utc).date().isoformat(),
+            took=round(time.perf_counter() - start, 1),
             **dict(threads=torch.get_num_threads()) | facts,
             rows=rows or {},
         )
@@ -151,13 +197,16 @@ def compare(request, benchmark, store, timed):
             benchmark._mode = "compare(...)"  # else it warns that nothing used it
             timing = timed and benchmark.enabled
         rows: dict[str, dict] = {name: {} for name in contestants}
-        if graph and device == "cuda":
-            contestants = {n: _graph(n, c, rows[n]) for n, c in contestants.items()}
+        contestants = dict(contestants)
         for name, contestant in contestants.items():  # also warms up
+            output = None
             if memory and timing:
                 output, rows[name]["peak_bytes"] = measure.run_counting_memory(contestant, device)
-            else:
-                output = contestant()
+            if graph and device == "cuda":  # a replay allocates nothing
+                output = None
+                contestants[name] = _graph(name, contestant, rows[name])
+            if output is None:
+                output = contestants[name]()
             if check is not None:
                 check(name, output)
             del output

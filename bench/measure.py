@@ -19,8 +19,10 @@ from torch.profiler import ProfilerActivity, profile
 
 Run = Callable[[], Any]
 
-ROUNDS = {"cpu": (3, 15), "cuda": (10, 200)}
+ROUNDS = {"cpu": (3, 15), "cuda": (5, 100)}
 """The fewest and the most rounds, if none are asked for."""
+SHORT, MANY = 1.0, 200
+"""Short runs go on for so many seconds, and at most so many rounds."""
 
 
 def interleave(
@@ -32,19 +34,22 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds of each warmed-up contestant in each round; who begins rotates.
 
-    Without `rounds`, as many as fit into `budget` seconds within `ROUNDS`, by the first of them.
+    Without `rounds`, as many as fit into `budget` seconds, within `ROUNDS`; more of short ones.
     """
     names = list(contestants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     least, most = (rounds, rounds) if rounds else ROUNDS[device]
-    start, done = time.perf_counter(), 0
-    while done < least or (
-        done < most and time.perf_counter() - start <= budget * done / (done + 1)
+    start, done, now = time.perf_counter(), 0, 0.0
+    while (
+        done < least
+        or (done < most and now * (done + 1) / done <= budget)
+        or (not rounds and done < MANY and now < min(SHORT, budget))
     ):
         shift = done % len(names)
         for name in names[shift:] + names[:shift]:
             seconds[name].append(seconds_of(contestants[name], device, timer))
         done += 1
+        now = time.perf_counter() - start
     return seconds
 
 
@@ -80,6 +85,7 @@ def run_counting_memory(run: Run, device: str) -> tuple[Any, int]:
     """
     gc.collect()
     if device == "cuda":
+        run()  # workspaces of libraries are made once, for all
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -81,7 +81,9 @@ def page(results: dict) -> str:
     ceilings, packages = card.pop("ceilings"), card.pop("packages")
     title = f"# Benches on {where(results)}"
     lines = [title, "", "Written by `python -m bench.report`; times are medians of interleaved"]
-    lines += ["rounds, ratios are taken within a round, quartiles in brackets.", ""]
+    lines += ["rounds, ratios are taken within a round, quartiles in brackets."]
+    minutes = sum(bench["took"] for bench in results["benches"].values()) / 60
+    lines += [f"All benches together take {minutes:.0f} minutes.", ""]
     facts = [(key.replace("_", " "), str(value)) for key, value in card.items() if key != "slug"]
     facts += [
         (f"{name} matmul", f"{ceilings[name] / 1e12:.2f} TFLOP/s")

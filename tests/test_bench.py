@@ -1,6 +1,7 @@
 """The bench harness: what is wrong is never timed, and what is timed says how and where."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -93,13 +94,38 @@ def test_wrong_contestant_fails_the_bench_and_leaves_no_figures(tmp_path):
         assert figures is None
 
 
-def test_benches_are_timed_where_pytest_benchmark_is_not_installed(tmp_path):
+def test_benches_run_without_optional_packages_and_skip_what_needs_them(tmp_path):
     options = ["-p", "no:benchmark", "-p", "no:timeout", "--benchmark", "--seconds", "0.1"]
     earlier = {"machine": {}, "benches": {"bench_earlier": {"rows": {}}}}
     (tmp_path / f"{machine.machine_card()['slug']}.json").write_text(json.dumps(earlier))
-    _, figures = run_bench(tmp_path, 0, *options)
+    for name, place in (("file", ""), ("bench", "def bench_missing():\n    ")):
+        lack = f"{place}raise ModuleNotFoundError('no av', name='av.video')\n"
+        (tmp_path / f"bench_lacking_{name}.py").write_text(lack)
+    output, figures = run_bench(tmp_path, 0, *options, "-rs")
+    for what in ("bench_lacking_file.py", "bench_missing"):
+        assert f"{what}: av.video is not installed" in output
     assert "seconds" in figures["benches"]["bench_product"]["rows"]["ours"]
     assert "bench_earlier" in figures["benches"]  # what other runs measured stays
+
+
+BROKEN = """
+from importlib import import_module
+
+op = import_module("zeroi2v_kernels.stdha")
+right = op._move_heads_
+op._move_heads_ = lambda out, x, offsets: right(out, x, tuple(-offset for offset in offsets))
+"""
+
+
+def test_attention_that_looks_the_wrong_way_fails_the_bench(tmp_path):
+    (tmp_path / "broken.py").write_text(BROKEN)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    command = "-m pytest bench/bench_zero_cost.py::bench_zero_cost[B/16-8-float32] -q"
+    done = subprocess.run(
+        [sys.executable, *command.split(), "-p", "broken"],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "1 failed" in done.stdout and "has a relative error of" in done.stdout, done.stdout
 
 
 def test_contestants_take_turns_and_a_ratio_is_of_one_round():
@@ -124,7 +150,8 @@ def test_rounds_fill_the_budget_within_bounds(monkeypatch):
 
     assert rounds(1, budget=8) == 8
     assert rounds(100, budget=8) == 3
-    assert rounds(0.001, budget=8) == 15
+    assert rounds(0.125, budget=8) == 15
+    assert rounds(0.0078125, budget=8) == 128  # one second of short runs
 
 
 def test_peak_memory_counts_what_is_held_at_once():
@@ -186,6 +213,7 @@ def made_up(seconds: float = 2.0) -> dict:
     bench = dict(
         bench="zero_cost", commit="0123456789ab", command="pytest bench --benchmark", rows=rows,
         date="2026-01-01", model="B/16", frames=8, batch=1, dtype="float32", rounds=7, threads=2,
+        took=60,
     )  # fmt: skip
     card = dict(kind="CPU", name="Some CPU", slug="some-cpu", threads=2, packages={"torch": "9.9"})
     card |= dict(ceilings={"float32": 2e11, "copy": 5e10})

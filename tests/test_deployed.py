@@ -93,6 +93,9 @@ def test_trained_model_gives_the_same_top_5_through_every_step_and_artefact(tmp_
         words = [str(tmp_path / "merged"), "--format", format, "--out", str(tmp_path / name)]
         assert cli.run(export.main, words) == 0
     capsys.readouterr()
+    card = (tmp_path / "merged" / "README.md").read_text()  # how it was trained, how good it is
+    for line in ("| training: data | list.txt, 8 videos |", "| top-1 | ", "| merge, float32 | pas"):
+        assert line in card
     answers = {}
     for artefact in ("run", "merged", "model.onnx", "model.pt2"):
         words = [tmp_path / f"{i}.mp4" for i in range(8)]

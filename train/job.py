@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -89,6 +90,7 @@ def prepare(config: RunConfig, device: torch.device, keep: ExitStack | None) -> 
     if config.model.backbone is not None:
         for note in load_backbone(model, config.model.backbone):
             say(f"backbone    {note}")
+    model.origins = {"training.json": json.dumps(provenance(config, samples, val_samples))}
     model.freeze()
     record = None if keep is None else enter_run_dir(config, keep)
     if record is not None:
@@ -119,6 +121,23 @@ def prepare(config: RunConfig, device: torch.device, keep: ExitStack | None) -> 
     )
     say(f"decoder     {loader.decoder}")
     return Job(config, device, model, loader, val_loader, samples, val_samples, record)
+
+
+def provenance(
+    config: RunConfig, samples: list[Sample], val_samples: list[Sample]
+) -> dict[str, Any]:
+    """What a model's card tells about its training; files by name alone."""
+    optim, lists = config.optim, (config.data.train_list, config.data.val_list)
+    train_list, val_list = (Path(name or "none").name for name in lists)
+    return {
+        "recipe": config.model.recipe or "none",
+        "backbone": Path(config.model.backbone or "random weights").name,
+        "data": f"{train_list}, {len(samples)} videos",
+        "validation": f"{val_list}, {len(val_samples)} videos",
+        "schedule": f"{optim.epochs} epochs of {optim.batch_size} clips a step, lr {optim.lr:g}",
+        "precision": optim.precision,
+        "seed": config.run.seed,
+    }
 
 
 def check_device(optim: OptimConfig, device: torch.device) -> None:

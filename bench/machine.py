@@ -112,7 +112,11 @@ def _gpu() -> dict:
         threads=torch.get_num_threads(),
     )
     asked = dict(driver="driver_version", clock_mhz="clocks.max.sm", power_watt="power.limit")
-    command = ["nvidia-smi", f"--query-gpu={','.join(asked.values())}", "--format=csv,noheader"]
+    command = [
+        "nvidia-smi",
+        f"--query-gpu={','.join(asked.values())}",
+        "--format=csv,noheader,nounits",
+    ]
     command += [f"--id=GPU-{properties.uuid}"] if hasattr(properties, "uuid") else []
     try:
         told = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -104,6 +104,7 @@ def page(results: dict) -> str:
 
 def _bench(name: str, bench: dict) -> list[str]:
     facts = {k: v for k, v in bench.items() if k not in ABOUT and not isinstance(v, dict)}
+    facts["took"] = f"{bench['took']:.0f} s"
     told = ", ".join(f"{k.replace('_', ' ')} {_plain(v)}" for k, v in facts.items())
     rows = bench["rows"]
     keys = list(dict.fromkeys(key for row in rows.values() for key in row if key not in HIDDEN))
@@ -166,7 +167,7 @@ SECTIONS = (
         "A training step", "bench_training_block",
         "Forward and backward of ViT-B/16 with trainable adapters, one clip of 8 frames: plain"
         " autograd (naive), and the three memory policies of the training block.",
-        ("seconds", "ratio", "peak_bytes", "joules"),
+        ("seconds", "ratio", "clips_per_s", "peak_bytes", "joules"),
     ),
     Section(
         "Decoding", "bench_decoding",
@@ -183,6 +184,7 @@ def readme_part(machines: list[dict], pictures: Collection[str]) -> str:
         machines = [*machines, {"machine": WANTED, "benches": {}}]
     parts = [INTRODUCTION, _zero_cost(machines, pictures), _operations(machines)]
     parts += [_section(section, machines, pictures) for section in SECTIONS]
+    parts += _ops(machines, pictures)
     pages = [
         f"[{where(results)}](bench/results/{results['machine']['slug']}.md)"
         for results in machines
@@ -274,6 +276,17 @@ def _section(section: Section, machines: list[dict], pictures: Collection[str]) 
             rows.append([where(results), *empty, f"`{COMMAND}`"])
     figures = _figures(machines, pictures, *section.picture) if section.picture else []
     return "\n\n".join([f"### {section.title}", section.text, table(header, rows), *figures])
+
+
+def _ops(machines: list[dict], pictures: Collection[str]) -> list[str]:
+    figures = _figures(machines, pictures, "roofline", "operations a second of the ops")
+    text = (
+        "Attention and the adapter linear, forward and with backward, on every backend that runs"
+        " there: how near they come to a large matmul and a large copy, both measured in the same"
+        " run. `python -m bench.compile_kernels` tells what the Triton kernels compile to on GPUs"
+        " that are not here."
+    )
+    return ["### The ops", text, *figures] if figures else []
 
 
 def _figures(machines: list[dict], pictures: Collection[str], plot: str, told: str) -> list[str]:

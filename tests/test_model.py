@@ -7,8 +7,9 @@ import torch
 from models import build, randomize, small_config
 
 from bench.baselines.image_models import open_clip_tower, transformers_clip
-from zeroi2v.config import ModelConfig
+from zeroi2v.config import RECIPES, ModelConfig
 from zeroi2v.model import LayerNorm, VideoViT
+from zeroi2v.reparam import merge
 
 SHAPES = {
     "B/16": dict(width=768, depth=12, num_heads=12, patch_size=16),
@@ -58,6 +59,14 @@ def test_zero_offsets_without_adapters_equal_open_clip(name):
     with torch.no_grad():
         ours, expected = model.features(video)[0], theirs(video[0].transpose(0, 1))
     assert relative(ours, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_merged_backbone_fills_open_clips_tower_but_for_its_projection(name):
+    merged = merge(build(small_config(name)))
+    loaded = open_clip_tower(merged.config).load_state_dict(merged.state_dict(), strict=False)
+    assert loaded.missing_keys == ["proj"]
+    assert set(loaded.unexpected_keys) == {"temporal_embedding", "head.weight", "head.bias"}
 
 
 def relative(value, truth):
@@ -158,6 +167,19 @@ def test_layer_norm_keeps_float32_statistics_in_bf16():
     expected = torch.nn.functional.layer_norm(x.bfloat16().float(), (64,), norm.weight, norm.bias)
     out = norm.bfloat16()(x.bfloat16())
     torch.testing.assert_close(out.float(), expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_layer_norm_of_half_precision_is_as_good_as_one_computed_in_float32(dtype):
+    norm = randomize(LayerNorm(768)).to(dtype)
+    x = (20 * torch.randn(768) + torch.randn(500, 768)).to(dtype)
+    truth, wide = (
+        torch.nn.functional.layer_norm(x.to(t), (768,), norm.weight.to(t), norm.bias.to(t))
+        for t in (torch.float64, torch.float32)
+    )
+    assert relative(norm(x).double(), truth) <= 1.001 * relative(wide.to(dtype).double(), truth)
+    with torch.autocast("cpu", dtype):
+        assert norm(x).dtype == dtype
 
 
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])

@@ -213,7 +213,8 @@ def made_up(seconds: float = 2.0) -> dict:
     bench = dict(
         bench="zero_cost", commit="0123456789ab", command="pytest bench --benchmark", rows=rows,
         date="2026-01-01", model="B/16", frames=8, batch=1, dtype="float32", rounds=7, threads=2,
-        took=60,
+        took=60, baseline="transformers CLIP",
+        goals={"merged / transformers CLIP": 0.94, "merged / authors' way": 0.8},
     )  # fmt: skip
     card = dict(kind="CPU", name="Some CPU", slug="some-cpu", threads=2, packages={"torch": "9.9"})
     card |= dict(ceilings={"float32": 2e11, "copy": 5e10})
@@ -231,8 +232,10 @@ def test_report_shows_machine_commit_and_command_and_leaves_unmeasured_rows_empt
     assert ["NVIDIA H200", "B/16, 8", "float16", *empty, "`make bench`"] in rows
     assert ["B/16, 8", "86.0 M, 86.0 M", "422", "420", "420", source] in rows
     page = tables.page(made_up())
-    for told in ("Some CPU", "9.9", "0.20 TFLOP/s", "50.0 GB/s", "0123456789ab", "authors' way"):
+    for told in ("Some CPU", "9.9", "0.20 TFLOP/s", "50.0 GB/s", "0123456789ab", "took 60 s"):
         assert told in page
+    assert "merged / transformers CLIP: at most 0.94; 0.925, met." in page
+    assert "merged / authors' way: at most 0.8; 0.840, missed." in page
 
 
 def test_report_is_stale_once_a_figure_changes(tmp_path):

@@ -49,7 +49,7 @@ def convert_config(path: str | Path, out: str | Path) -> list[str]:
             notes.append(f"{name} has no counterpart: left out")
     lines = [
         f"# From {Path(path).name} by `zeroi2v convert`; expected top-1: not yet measured.",
-        "# Set model.backbone to converted CLIP weights, and data.root to the folder of videos.",
+        "# Set model.backbone to CLIP's weights, and data.root to the folder of videos.",
         *(f"# {' '.join(note.split())}" for note in notes),
     ]
     text = "\n".join(lines) + "\n" + yaml.safe_dump(sections, sort_keys=False)

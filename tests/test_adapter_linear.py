@@ -98,15 +98,15 @@ def test_scale_one_is_no_special_case(place):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_kernels_are_as_exact(on_kernels, place, dtype):
     with poisoned():
-        judge(place, 70, dtype, dropout=0.4)
+        judge(place, 140, dtype, dropout=0.4)
 
 
 @pytest.mark.parametrize("rank", [16, 48, 192, 256])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_fused_kernel_equals_two_products(monkeypatch, rank, dropout):
-    """Ranks of one and two tiles, 70 rows in tiles of 64, 80 channels in tiles of 64."""
+    """Ranks of one and two tiles, 140 rows in tiles of 128 or 64, 80 channels in tiles of 64."""
     generator = torch.Generator().manual_seed(0)
-    shapes = ((70, 80), (70, 80), (rank, 80), (rank,), (80, rank), (80,))
+    shapes = ((140, 80), (140, 80), (rank, 80), (rank,), (80, rank), (80,))
     tensors = [torch.randn(s, generator=generator).bfloat16() for s in shapes]
     x, residual, adapter = tensors[0], tensors[1].float(), Adapter(*tensors[2:], 0.5)
     drop = Dropout(dropout, torch.tensor(3) if dropout else None, place=2)
@@ -191,6 +191,30 @@ def test_merging_happens_where_it_saves_work_and_only_without_dropout():
         assert merging_pays(MANY, frozen[0]) == (place != "after fc2")
         assert (counted[True] < counted[False]) == merging_pays(MANY, frozen[0])
         assert not merging_pays(FEW, frozen[0])
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("rows", [FEW, MANY])
+def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_weights_own(place, rows):
+    trained, frozen = make(place, rows, torch.float32)
+    values = []
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = adapter_linear(trained[0], *frozen, Adapter(*trained[1:], 0.5), PLACES[place][2])
+        assert out.dtype == (torch.bfloat16 if autocast else torch.float32)
+        values.append([out, *torch.autograd.grad(out.float().square().sum(), trained)])
+    for expected, actual in zip(*values, strict=True):
+        assert (actual - expected).norm() <= 0.03 * expected.norm()
+    assert all(t.dtype == torch.float32 for t in values[1][1:])
+
+
+def test_merging_under_autocast_is_formed_in_float32_too():
+    trained, frozen = make("before qkv", MANY, torch.float32)
+    low = [t.detach().bfloat16() for t in (trained[0], *frozen, *trained[1:])]
+    x, weight, bias, *adapter = low
+    expected = adapter_linear(x, weight, bias, Adapter(*adapter, 0.5))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(adapter_linear(x, weight, bias, Adapter(*adapter, 0.5)), expected)
 
 
 def test_an_adapter_is_not_merged_where_there_is_dropout():

@@ -25,6 +25,8 @@ from zeroi2v_kernels.stdha import (
 from tests.models import build, small_config
 from zeroi2v.attention import set_backend
 from zeroi2v.config import RECIPES
+from zeroi2v.reparam import merge
+from zeroi2v.training_block import can_train
 
 stdha_launch = pytest.importorskip("zeroi2v_kernels.stdha_launch", reason="needs triton")
 pytestmark = pytest.mark.skipif(
@@ -34,16 +36,24 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RECIPE_OFFSETS = sorted({r.model.head_offsets for r in RECIPES.values()})
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
+DTYPES = (BF16, FP16, FP32)
 CASES = [  # T, N, D, dtype, head_offsets
-    *((3, 5, 64, BF16, offsets) for offsets in RECIPE_OFFSETS),
-    *((2, 5, 16, FP32, offsets) for offsets in RECIPE_OFFSETS[::2]),
-    *((frames, 17, 64, FP16, (9, -9, 1, -3)) for frames in (1, 4)),  # beyond T
-    *((frames, 5, 64, FP16, (1, -2)) for frames in (5, 6, 7, 8)),
-    *((4, 17, 64, BF16, (offset,) * 2) for offset in (-3, 0, 1)),  # all equal
-    *((2, 50, 64, dtype, (-1, 1)) for dtype in (BF16, FP16)),
-    *((2, 33, 64, FP32, (1, -1)), (2, 33, 32, BF16, (1, 0)), (2, 50, 128, BF16, (-1, 0))),
-    *((2, 197, 64, BF16, (1, 0)), (1, 257, 64, BF16, (0, -1)), (2, 257, 64, FP16, (1,))),
-    *((1, 577, 64, BF16, (0,)), (2, 197, 128, FP16, (-1,))),
+    # every recipe's heads, in clips long enough for all of its offsets, and in shorter ones
+    *((8 - i, 5, 64, DTYPES[i % 2], offsets) for i, offsets in enumerate(RECIPE_OFFSETS)),
+    *((2, 5, 16, FP32, offsets) for offsets in RECIPE_OFFSETS),
+    # every clip length, offsets inside and beyond it
+    *((frames, 5, 64, DTYPES[frames % 3], (9, -9, 1, -3)) for frames in range(1, 9)),
+    *((frames, 5, 64, DTYPES[frames % 2], (1, -2)) for frames in range(1, 9)),
+    # all equal, inside and beyond the clip
+    *((4, 17, 64, dtype, (offset,) * 2) for offset in (-5, -3, 0, 1) for dtype in (BF16, FP32)),
+    # every number of tokens and head width in each dtype
+    *((2, tokens, 64, dtype, (-1, 1)) for tokens in (5, 17, 33, 50) for dtype in DTYPES),
+    *((2, 33, width, dtype, (1, 0)) for width in (16, 32, 128) for dtype in DTYPES),
+    # the real numbers of tokens, and one of the longest
+    *((2, 197, 64, dtype, (1, -1)) for dtype in DTYPES),
+    *((2, 257, 64, dtype, (1, -1)) for dtype in (BF16, FP16)),
+    *((2, 577, 64, BF16, (0, -1)), (1, 577, 64, FP16, (1,)), (1, 577, 64, FP32, (0,))),
+    *((1, 64, 64, BF16, (0,)), (1, 129, 64, BF16, (0,)), (2, 197, 128, FP16, (-1,))),
 ]
 
 
@@ -233,6 +243,26 @@ def test_none_chooses_sdpa_on_a_cpu_and_says_so_once(caplog):
     assert caplog.messages == ["attention on cpu: backend sdpa"]
 
 
+def test_clips_and_frames_may_be_one_axis():
+    qkv, offsets = random_qkv(3, 5, 2, 64, BF16, clips=2), (-1, 2)
+    for backend in ("triton", "sdpa", "reference"):
+        expected = stdha(qkv, offsets, backend=backend)
+        out = stdha(qkv.flatten(0, 1), offsets, backend=backend, num_frames=3)
+        assert torch.equal(out, expected.flatten(0, 1))
+    with pytest.raises(
+        ValueError, match=r"qkv must be \[B\*4, N, 3, H, D\]: got \[6, 5, 3, 2, 64\]"
+    ):
+        stdha(qkv.flatten(0, 1), offsets, num_frames=4)
+
+
+def test_queries_and_keys_of_two_dtypes_are_refused():
+    query, key_value = random_qkv(1, 5, 2, 64).split((1, 2), dim=3)
+    with pytest.raises(
+        ValueError, match="key_value must be torch.float32 on .* got torch.bfloat16"
+    ):
+        stdha_split(query.squeeze(3), key_value.bfloat16(), (0, 0))
+
+
 def test_scale_must_be_positive():
     with pytest.raises(ValueError, match="scale must be positive: got 0"):
         stdha(random_qkv(1, 5, 2, 16), (0, 0), scale=0.0)
@@ -297,22 +327,74 @@ def test_flash_backend_takes_the_newest_function_that_fits_or_says_what_to_insta
         assert asked == homes
 
 
-def test_model_runs_on_the_kernels_in_training_and_compiled_as_one_graph():
-    config = small_config("vit_b16_k400_8x16", num_frames=2, width=12 * 16, depth=2)
-    model = build(config).to(DEVICE)
+@pytest.mark.parametrize("activation, adapter", [("quick_gelu", {}), ("gelu", None)])
+def test_model_runs_on_the_kernels_in_training_and_compiled_as_one_graph(
+    monkeypatch, activation, adapter
+):
+    """All of the kernels: attention, norms and activations."""
+    changes = dict(num_frames=2, width=12 * 16, depth=2, activation=activation, adapter=adapter)
+    config = small_config("vit_b16_k400_8x16", **changes)
+    model = build(config).to(DEVICE).eval()
     video = torch.randn(1, 3, 2, config.image_size, config.image_size, device=DEVICE)
     results = {}
     for backend in ("reference", "triton"):
         set_backend(model, backend)
+        monkeypatch.setattr("zeroi2v.model.uses_kernels", lambda _, on=backend == "triton": on)
         model.zero_grad()
         logits = model(video)
         logits.square().sum().backward()
         results[backend] = [logits.detach(), *(p.grad for p in model.parameters())]
     for got, expected in zip(results["triton"], results["reference"], strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(video), logits.detach(), rtol=1e-5, atol=1e-5)
+        with torch.autocast(DEVICE, BF16):
+            narrow = model(video).float()
+            torch.testing.assert_close(compiled(video).float(), narrow, rtol=0.02, atol=0.02)
+    assert (narrow - logits).norm() <= 0.05 * logits.norm()
+
+
+def test_autocast_casts_for_every_backend_as_pytorch_does_for_its_attention():
+    qkv, offsets = random_qkv(2, 5, 2, 64), (1, -1)
+    for backend in ("triton", "sdpa", "reference"):
+        expected = stdha(qkv.to(BF16), offsets, backend=backend)
+        with torch.autocast(DEVICE, BF16):
+            assert torch.equal(stdha(qkv, offsets, backend=backend), expected)
+            split = stdha_split(qkv[:, :, :, 0], qkv[:, :, :, 1:], offsets, backend=backend)
+            assert split.dtype == BF16
+            assert stdha(qkv.double(), offsets, backend="reference").dtype == torch.float64
+
+
+def test_a_backend_asked_for_is_not_replaced_by_the_training_block(monkeypatch):
+    """The block that keeps little has its own attention, of which it makes no secret."""
+    model = build(small_config("vit_b16_k400_8x16", depth=1)).freeze()
+    block = model.transformer.resblocks[0]
+    x = torch.randn(1, 8, 5, model.config.width)
+    for backend, trained in ((None, True), ("sdpa", True), ("reference", False), ("flash", False)):
+        set_backend(model, backend)
+        assert can_train(block, x) == trained
+    with pytest.raises(ValueError, match="'flash' needs half precision on CUDA"):
+        block(x)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_a_cuda_graph_of_the_merged_model_gives_what_it_gives(dtype):
+    config = small_config("vit_b16_k400_8x16", num_frames=2, width=12 * 64, depth=2)
+    model = merge(build(config)).to(DEVICE, dtype)
+    shape = (1, 3, 2, config.image_size, config.image_size)
+    videos = [torch.randn(shape, device=DEVICE, dtype=dtype) for _ in range(2)]
+    with torch.no_grad():
+        expected = [model(video) for video in videos]
+        video = videos[0].clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = model(video)
+        for source, logits in zip(videos, expected, strict=True):
+            video.copy_(source)
+            graph.replay()
+            assert torch.equal(out, logits)
 
 
 def test_unknown_backend_of_a_model_is_refused():

@@ -1,6 +1,8 @@
 """Prediction: the same figures as evaluation, names of classes, and files that can't be read."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -102,3 +104,16 @@ def test_a_model_whose_output_is_not_finite_predicts_nothing(place):
         model.head.bias[0] = torch.nan
     with pytest.raises(ValueError, match="must be finite"):
         predict.predict(model, [str(place / "video 0.mp4")])
+
+
+def test_an_answer_needs_neither_compiler_nor_plots_nor_trainer(place):
+    # Each takes a second or more to import, at every cold start.
+    code = f"""
+import sys
+from zeroi2v import cli, predict
+status = cli.run(predict.main, [{str(place / "named")!r}, {str(place / "video 0.mp4")!r}])
+heavy = "torch._dynamo torch._inductor sympy matplotlib deepspeed onnxruntime transformers".split()
+print(status, [name for name in heavy if name in sys.modules])
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "0 []"

@@ -161,6 +161,6 @@ def _optim(config: dict[str, Any], where: str, notes: list[str]) -> dict[str, An
     else:
         notes.append(f"batch_size {section['batch_size']} is that of auto_scale_lr, over all GPUs")
     if "Amp" in str(get("optim_wrapper.type", "")):
-        notes.append("mixed precision in fp16 there; here optim.precision is fp32 or bf16")
+        notes.append("mixed precision in fp16 there: set optim.precision, else all is in fp32")
     clip = section["clip_grad"]
     return {k: v for k, v in section.items() if v is not None or (k == "clip_grad" and clip)}

@@ -154,8 +154,8 @@ def compare(request, benchmark, store, timed):
     """A function that checks contestants and times them in interleaved rounds.
 
     compare(contestants, baseline, check=None, absent=None, device=None, graph=False, memory=False,
-            energy=False, rounds=None, against=None, **facts) -> rows by name, or None without
-            `--benchmark`
+            energy=False, rounds=None, against=None, goals=None, **facts) -> rows by name, or None
+            without `--benchmark`
 
     contestants: functions without arguments, by name; `baseline` is one of the names.
     check: called with name and output of each before any is timed; raises if it is wrong.
@@ -165,6 +165,7 @@ def compare(request, benchmark, store, timed):
     memory, energy: measure peak bytes above what is held before; joules, where a GPU counts them.
     rounds: how many; by default as many as fit.
     against: of contestants, by name, another that they are compared with beside the baseline.
+    goals: of pairs of contestants, "this / that", the most that the ratio of their times should be.
     facts: kept with the figures. A dict by contestants' names makes a column, the rest describe the
         bench. Of `flops`, `bytes` (moved) and `clips` in one run, rates follow; with `dtype` as in
         "bfloat16" also shares of the machine's ceilings.
@@ -187,6 +188,7 @@ def compare(request, benchmark, store, timed):
         energy: bool = False,
         rounds: int | None = None,
         against: dict[str, str] | None = None,
+        goals: dict[str, float] | None = None,
         **facts,
     ) -> dict | None:
         if baseline not in contestants:
@@ -223,9 +225,11 @@ def compare(request, benchmark, store, timed):
             if energy and device == "cuda" and (joules := measure.joules(contestants[name])):
                 row["joules"] = joules
         for name, other in (against or {}).items():
-            summary = measure.summary(seconds[name], seconds[other])
-            ratios = {key: summary[key] for key in ("ratio", "ratio_quartiles")}
-            rows[name]["against"] = dict(name=other, **ratios)
+            rows[name]["against"] = dict(name=other, **_ratio(seconds, name, other))
+        if goals:
+            facts["goals"] = {pair: dict(goal=goal) for pair, goal in goals.items()}
+            for pair, goal in facts["goals"].items():
+                goal |= _ratio(seconds, *pair.split(" / "))
         facts = dict(threads=torch.get_num_threads()) | facts
         facts |= dict(baseline=baseline, rounds=len(seconds[baseline]), device=device)
         if benchmark is not None:
@@ -265,6 +269,14 @@ def _interleave(config, benchmark, contestants, device, rounds) -> dict[str, lis
     finally:
         if collects:
             gc.enable()
+
+
+def _ratio(seconds: dict[str, list[float]], this: str, that: str) -> dict:
+    """Median and quartiles of the ratio within a round; nothing if one of them was not here."""
+    if this not in seconds or that not in seconds:
+        return {}
+    summary = measure.summary(seconds[this], seconds[that])
+    return {key: summary[key] for key in ("ratio", "ratio_quartiles")}
 
 
 def _rates(row: dict, ceilings: dict[str, float]) -> dict[str, float]:
@@ -309,3 +321,5 @@ def _print(request, baseline: str, rows: dict[str, dict], facts: dict) -> None:
             )
             if other := row.get("against"):
                 print(f"  {'':<28} {'':10}      {other['ratio']:.3f} x {other['name']}")
+        for pair, goal in facts.get("goals", {}).items():
+            print(f"  {pair}: {goal.get('ratio', float('nan')):.3f}, at most {goal['goal']} wanted")

@@ -26,6 +26,7 @@ def bench_product(compare, store):
         {"plain": lambda: a @ a, "ours": lambda: a @ a + ERROR}, "plain", check=check, memory=True,
         absent={"theirs": "theirs is not installed"},
         clips=2, dtype=torch.float32, flops=2 * 64**3, parameters={"plain": 1, "ours": 2},
+        goals={"ours / plain": 9, "theirs / plain": 1},
     )
 
 def bench_facts(store):
@@ -71,6 +72,10 @@ def test_timed_rows_hold_ratios_rates_and_memory_with_machine_commit_and_command
     assert ours["clips_per_s"] == pytest.approx(2 / ours["seconds"])
     rate = 2 * 64**3 / ours["seconds"]
     assert ours["flops_of_ceiling"] == pytest.approx(rate / card["ceilings"]["float32"])
+    assert bench["goals"] == {
+        "ours / plain": {"goal": 9, "ratio": ours["ratio"], "ratio_quartiles": [low, high]},
+        "theirs / plain": {"goal": 1},
+    }
     assert bench["rows"]["theirs"] == {"absent": "theirs is not installed"}
     assert figures["benches"]["bench_facts"]["rows"] == {"a case": {"flops": 3}}
     assert card["packages"]["torch"] == torch.__version__ and card["name"]
@@ -214,7 +219,11 @@ def made_up(seconds: float = 2.0) -> dict:
         bench="zero_cost", commit="0123456789ab", command="pytest bench --benchmark", rows=rows,
         date="2026-01-01", model="B/16", frames=8, batch=1, dtype="float32", rounds=7, threads=2,
         took=60, baseline="transformers CLIP",
-        goals={"merged / transformers CLIP": 0.94, "merged / authors' way": 0.8},
+        goals={
+            "merged / transformers CLIP": {"goal": 0.94, **rows["merged"]},
+            "merged / authors' way": {"goal": 0.8, **rows["merged"]["against"]},
+            "merged / a model that is not here": {"goal": 0.5},
+        },
     )  # fmt: skip
     card = dict(kind="CPU", name="Some CPU", slug="some-cpu", threads=2, packages={"torch": "9.9"})
     card |= dict(ceilings={"float32": 2e11, "copy": 5e10})
@@ -234,8 +243,12 @@ def test_report_shows_machine_commit_and_command_and_leaves_unmeasured_rows_empt
     page = tables.page(made_up())
     for told in ("Some CPU", "9.9", "0.20 TFLOP/s", "50.0 GB/s", "0123456789ab", "took 60 s"):
         assert told in page
-    assert "merged / transformers CLIP: at most 0.94; 0.925, met." in page
-    assert "merged / authors' way: at most 0.8; 0.840, missed." in page
+    for pair, told in {
+        "transformers CLIP": "at most 0.94; it is 0.93 [0.93, 0.93]: met.",
+        "authors' way": "at most 0.8; it is 0.84 [0.80, 0.90]: missed.",
+    }.items():
+        assert f"Goal: merged / {pair} {told}" in page
+    assert "not here" not in page
 
 
 def test_report_is_stale_once_a_figure_changes(tmp_path):

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import shutil
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -124,19 +126,24 @@ def test_videos_in_both_lists_or_twice_are_reported(dataset, tmp_path, capsys):
 
 def crash_on_bad(path, name, timeout):
     if "bad" in path:
-        import os
-
         os.abort()
     return inspect_video(path, name, timeout)
 
 
-def test_a_file_that_kills_its_process_is_a_bad_one(dataset, monkeypatch):
-    monkeypatch.setattr(check_data, "inspect_video", crash_on_bad)
+def hang_on_bad(path, name, timeout):
+    if "bad" in path:
+        time.sleep(600)
+    return inspect_video(path, name, timeout)
+
+
+@pytest.mark.parametrize("inspect", [crash_on_bad, hang_on_bad])
+def test_a_file_that_kills_or_hangs_its_process_is_a_bad_one(dataset, monkeypatch, inspect):
+    monkeypatch.setattr(check_data, "inspect_video", inspect)
     with pytest.raises(ValueError, match="found 1 bad files and 0 other problems"):
-        main(arguments(dataset))
+        main(arguments(dataset, "--timeout", "1.5"))
     rows = read_manifest(dataset.out)
     assert {name: facts.error for name, facts in rows.items() if facts.error} == {
-        "bad.mp4": "crashes the decoder"
+        "bad.mp4": "crashes or hangs the decoder"
     }
     assert len(rows) == 4
 
@@ -169,6 +176,7 @@ def test_facts_of_real_files_are_those_of_their_manifest(clips):
         "derived/walk_h264_bframes.avi": (False, False),
         "derived/walk_vp9.webm": (False, False),
         "derived/walk_h264.ts": (False, False),
+        "derived/walk_mjpeg.avi": (False, False),
         "robust/hevc__torchcodec.mp4": (False, True),
         "robust/rotated_90__nasa_13013.mp4": (False, False),
     }

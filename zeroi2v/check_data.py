@@ -10,9 +10,10 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import signal
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
@@ -117,7 +118,7 @@ def _inspect_all(todo: list[tuple], workers: int) -> Iterator[tuple[str, VideoFa
             try:
                 while True:
                     for job in islice(rest, 2 * workers - len(running)):
-                        running[pool.submit(inspect_video, *job)] = job
+                        running[pool.submit(_inspect, inspect_video, job)] = job
                     if not running:
                         break
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -130,10 +131,19 @@ def _inspect_all(todo: list[tuple], workers: int) -> Iterator[tuple[str, VideoFa
         for job in crashed:  # one of them did it: each has a process of its own now
             with _pool(1) as pool:
                 try:
-                    facts = pool.submit(inspect_video, *job).result()
+                    facts = pool.submit(_inspect, inspect_video, job).result()
                 except BrokenProcessPool:
-                    facts = VideoFacts(job[1], error="crashes the decoder")
+                    facts = VideoFacts(job[1], error="crashes or hangs the decoder")
             yield job[0], facts
+
+
+def _inspect(inspect: Callable[..., VideoFacts], job: tuple) -> VideoFacts:
+    """`inspect(*job)`; ends this process if it does not come back long after its time limit."""
+    signal.setitimer(signal.ITIMER_REAL, 2 * job[2])
+    try:
+        return inspect(*job)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:

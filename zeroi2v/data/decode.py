@@ -71,6 +71,8 @@ class Index:
     pts: list[int | None]
     dts: list[int | None]
     is_key: list[bool]
+    is_entry: list[bool]
+    """Whether decoding may begin there."""
     shown: list[int]
     """Packets that become frames, in order of their time stamps (of the file without any)."""
     times: np.ndarray
@@ -169,7 +171,7 @@ def open_video(path: str, limit: Limit, **codec_options: str):
 
 def read_index(container, stream, limit: Limit) -> Index:
     pts, dts, is_key, discard = [], [], [], []
-    damaged = False
+    name, damaged = stream.codec_context.codec.canonical_name, False
     try:
         for packet in container.demux(stream):
             limit.check()
@@ -194,8 +196,10 @@ def read_index(container, stream, limit: Limit) -> Index:
     else:
         times = np.arange(len(shown)) / frame_rate
     codecs = SEEKABLE.get(container.format.name, ())
-    seekable = complete and not damaged and stream.codec_context.codec.canonical_name in codecs
-    return Index(pts, dts, is_key, shown, times, frame_rate, seekable)
+    seekable = complete and not damaged and name in codecs
+    # A JPEG may rely on the tables of those before it.
+    is_entry = is_key if name != "mjpeg" else [i == 0 for i in range(len(is_key))]
+    return Index(pts, dts, is_key, is_entry, shown, times, frame_rate, seekable)
 
 
 def _window(times: np.ndarray, start: float | None, end: float | None) -> tuple[int, int]:
@@ -247,7 +251,7 @@ def _decode_run(container, stream, index: Index, key: int, last: int, wanted) ->
 
 def stretches(index: Index, packets: list[int]) -> list[tuple[int, int]]:
     """The stretches of packets, (keyframe, last), whose decoding gives all the given packets."""
-    keys = [i for i, is_key in enumerate(index.is_key) if is_key and index.pts[i] is not None]
+    keys = [i for i, entry in enumerate(index.is_entry) if entry and index.pts[i] is not None]
     keys.sort(key=index.pts.__getitem__)
     key_pts = [index.pts[i] for i in keys]
     found: list[tuple[int, int]] = []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,13 +67,13 @@ def _decode_whole(sample: Sample, file: Path, timeout: float | None) -> np.ndarr
     disk = shutil.disk_usage(file.parent)
     if disk.free - video.nbytes < _KEEP_FREE * disk.total:
         return video
-    temporary = file.with_suffix(f".{os.getpid()}")
+    number, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.stem}")
     try:
-        with open(temporary, "wb") as stream:
+        with open(number, "wb") as stream:
             np.save(stream, video)
         os.replace(temporary, file)
     except OSError:  # not enough space after all
-        temporary.unlink(missing_ok=True)
+        os.unlink(temporary)
     return video
 
 

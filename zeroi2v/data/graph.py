@@ -77,9 +77,9 @@ def clip_graph(source: ClipSource, plan: ClipPlan, gpu: bool, parallel: bool):
 
 def _decode(data, picks, box, gpu: bool):
     """The frames `picks` of the video file `data`, and of them the rectangle `box`."""
-    # What lies past the end would be black by default.
+    # By default what lies past the end is black, and all processes' threads share the first cores.
     device = "mixed" if gpu else "cpu"
-    frames = fn.decoders.video(data, frames=picks, device=device, pad_mode="edge")
+    frames = fn.decoders.video(data, frames=picks, device=device, pad_mode="edge", affine=False)
     return fn.slice(frames, box[0], box[1], axis_names="HW")
 
 

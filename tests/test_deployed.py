@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -131,6 +132,28 @@ def test_list_gives_its_files_with_or_without_labels(place, tmp_path, capsys):
     (tmp_path / "list.txt").write_text("# none\n")
     assert run(place / "merged", *words) == 1
     assert "list must name video files" in capsys.readouterr().err
+
+
+def test_csv_gives_its_column_of_paths_and_no_parts(place, tmp_path, capsys):
+    words = ["--list", tmp_path / "list.csv", "--root", place / "videos", "--json"]
+    (tmp_path / "list.csv").write_text("path,label\na.mp4,3\ndeep/b.mkv,0\n")
+    assert run(place / "merged", *words) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    names = ("a.mp4", "deep/b.mkv")
+    assert [line["path"] for line in lines] == [str(place / "videos" / name) for name in names]
+    (tmp_path / "list.csv").write_text("path,label,start,end\na.mp4,3,0,0.5\n")
+    assert run(place / "merged", *words) == 1
+    assert "list must name whole videos" in capsys.readouterr().err
+
+
+def test_folder_of_images_is_a_video(place, tmp_path, capsys):
+    with av.open(str(place / "videos" / "c with space.avi")) as container:
+        for number, frame in enumerate(container.decode(video=0)):
+            frame.save(str(tmp_path / f"img_{number:05}.png"))
+    assert run(place / "merged", place / "videos" / "c with space.avi", tmp_path, "--json") == 0
+    video, images = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert images["path"] == str(tmp_path)
+    assert [row["index"] for row in images["topk"]] == [row["index"] for row in video["topk"]]
 
 
 def test_batch_run_writes_as_it_goes_and_resumes(place, tmp_path, capsys, monkeypatch):

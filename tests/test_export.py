@@ -68,6 +68,18 @@ def test_file_comes_from_an_adapted_run_by_the_command_line(suffix, tmp_path, ca
         assert relative(load_deployed(out)(clips), adapted(clips)) <= 2e-2
 
 
+@pytest.mark.parametrize("format, dtype", [("onnx", None), ("torch-export", torch.bfloat16)])
+def test_vit_of_another_lineage_is_exported_like_clip(format, dtype, tmp_path):
+    shape = dict(depth=1, activation="gelu", ln_pre=False, adapter=None)
+    model = build(small_config("vit_b16_k400_8x16", **shape))
+    path = tmp_path / f"model.{SIDES[format]}"
+    report = export(model, format, path, dtype)
+    assert report.rel <= report.limit and (report.limit <= 1e-4) == (dtype is None)
+    clips = seeded_clips(model, 2)
+    with torch.no_grad():
+        assert relative(load_deployed(path)(clips), model(clips)) <= (3e-2 if dtype else 1e-4)
+
+
 def test_program_holds_no_adapter_and_moves_the_shifted_heads_alone(merged):
     graph = program(merged)
     weights = [tensor for _, tensor in graph.named_parameters()]

@@ -30,11 +30,13 @@ from tqdm import tqdm
 from zeroi2v.capture import as_file
 from zeroi2v.checkpoint import check_writable, fetch, write_whole
 from zeroi2v.cli import run
-from zeroi2v.data.annotations import VIDEO_SUFFIXES, Sample
+from zeroi2v.data.annotations import VIDEO_SUFFIXES, Sample, read_list
 from zeroi2v.data.pipeline import ClipLoader
 from zeroi2v.deployed import load_deployed
 from zeroi2v.evaluate import default_device, default_workers, predict_views
 from zeroi2v.model import VideoViT
+
+IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png"))
 
 
 def predict(
@@ -120,7 +122,7 @@ def _top(probs: torch.Tensor, topk: int, labels: tuple[str, ...]) -> list[dict[s
 def find_videos(names: Iterable[str]) -> list[str]:
     """The files among `names`, and those of its folders that have a video's suffix, sorted.
 
-    Raises ValueError for a folder without any.
+    A folder of images is a video itself. Raises ValueError for a folder of neither.
     """
     found = []
     for name in names:
@@ -128,19 +130,26 @@ def find_videos(names: Iterable[str]) -> list[str]:
             found.append(name)
             continue
         inside = sorted(p for p in Path(name).rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
-        if not inside:
+        images = any(p.suffix.lower() in IMAGE_SUFFIXES for p in Path(name).iterdir())
+        if not inside and not images:
             raise ValueError(f"folder must hold video files: got {name}")
-        found += map(str, inside)
+        found += map(str, inside) if inside else [name]
     return found
 
 
 def read_paths(path: str, root: str | None) -> list[str]:
-    """The files named in a text list: one a line; a label at the end of the line is left out.
+    """The files named in a list: in a CSV's column `path`, or in a text one a line; labels at the
+    end of lines are left out.
 
-    Raises OSError if there is no such list, ValueError if it is empty.
+    Raises OSError if there is no such list, ValueError if it is empty, or a CSV of parts of videos.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"list not found: {path}")
+    if path.lower().endswith(".csv"):
+        samples = read_list(path, root)
+        if any(sample.start is not None or sample.end is not None for sample in samples):
+            raise ValueError(f"list must name whole videos: {path} has times, see --timeline")
+        return [sample.path for sample in samples]
     found = []
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         name, _, last = line.strip().rpartition(" ")
@@ -188,8 +197,10 @@ def main(argv: list[str]) -> None:
         prog="python -m zeroi2v.predict", description="Classify videos.", allow_abbrev=False
     )
     parser.add_argument("model", help="model or run folder, .onnx or .pt2 file, or name on the hub")
-    parser.add_argument("video", nargs="*", help="file, folder, - (pipe) or camera:0")
-    parser.add_argument("--list", help="text file that names videos, one a line")
+    parser.add_argument(
+        "video", nargs="*", help="file, folder (of images too), - (pipe), camera:0"
+    )
+    parser.add_argument("--list", help="text file that names videos, one a line, or CSV")
     parser.add_argument("--root", help="folder the list's paths are relative to")
     parser.add_argument("--topk", type=int, default=5, help="classes to name (default: 5)")
     parser.add_argument("--json", action="store_true", help="print one JSON line per video")

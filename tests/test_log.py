@@ -47,6 +47,13 @@ def test_a_line_every_so_many_steps_and_at_the_end_of_an_epoch_and_no_bar_in_a_f
     assert captured.err == ""
 
 
+def test_a_speed_below_one_clip_a_second_is_still_told(tmp_path, capsys):
+    log = RunLog(tmp_path, steps_per_epoch=1, epochs=2, every=1)
+    log.step(1, 2, loss=1.0, lr=1e-3, seconds=525.0, waited=0.0)
+    log.close()
+    assert "| 0.0038 clips/s |" in capsys.readouterr().out
+
+
 def read_terminal(master: int) -> str:
     """What has been written to a pseudo terminal."""
     os.set_blocking(master, False)

@@ -74,7 +74,8 @@ class RunLog:
         left = timedelta(seconds=round(total["seconds"] / count * (steps - step)))
         show(
             f"epoch {-(-step // self._steps_per_epoch)}/{self._epochs} | step {step}/{steps} | "
-            f"loss {loss:.4f} | lr {figures['lr']:.1e} | {speed:.1f} clips/s | "
+            f"loss {loss:.4f} | lr {figures['lr']:.1e} | "
+            f"{speed:.{1 if speed >= 1 else 4}f} clips/s | "
             f"data {total['waited'] / total['seconds']:.0%} | mem {_memory():.1f} GB | eta {left}"
         )
         if self._started and not self._hinted and total["waited"] > 0.1 * total["seconds"]:

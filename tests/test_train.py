@@ -8,13 +8,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
-from safetensors.torch import load_file
-from videos import write_video
+from training import (
+    MODEL,
+    arguments,
+    assert_same_run,
+    command,
+    environment,
+    free_port,
+    make_data,
+    weights,
+)
 
 import train.main
 from train.config import OptimConfig, load_config
@@ -28,45 +34,11 @@ from zeroi2v.data.annotations import read_list
 from zeroi2v.data.pipeline import ClipLoader
 from zeroi2v.evaluate import metrics, predict_views
 
-ROOT = Path(__file__).parents[1]
-MODEL = dict(
-    image_size=32, patch_size=16, width=32, depth=2, num_heads=2, num_frames=4, num_classes=4,
-    head_offsets=[-1, 1], preprocess=dict(sampling="uniform", val_short_side=32),
-)  # fmt: skip
-
-
-def make_video(path: Path, label: int, seed: int) -> None:
-    """A short h264 file: a square whose place tells half of the class, its direction the other."""
-    rng = np.random.default_rng(seed)
-    start, colour = rng.integers(0, 36), rng.integers(120, 255, 3)
-    images = []
-    for t in range(10):
-        image = np.full((48, 48, 3), 30, np.uint8)
-        left = (start + (3 * t if label % 2 else -3 * t)) % 36
-        top = 24 * (label // 2)
-        image[top : top + 20, left : left + 12] = colour
-        images.append(image)
-    write_video(path, images, preset="ultrafast", g="5")
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """A folder of videos, with lists of them and a run configuration."""
-    folder = tmp_path_factory.mktemp("data")
-    for i in range(22):
-        make_video(folder / f"{i}.mp4", i % 4, i)
-    (folder / "train.txt").write_text("".join(f"{i}.mp4 {i % 4}\n" for i in range(16)))
-    (folder / "val.txt").write_text("".join(f"{i}.mp4 {i % 4}\n" for i in range(16, 21)))
-    values = {
-        "model": MODEL,
-        "data": {"train_list": str(folder / "train.txt"), "val_list": str(folder / "val.txt"),
-                 "root": str(folder), "workers": 0},
-        "optim": {"epochs": 2, "batch_size": 4, "micro_batch": 2, "warmup_epochs": 0.5,
-                  "lr": 1e-2},
-        "run": {"dir": "unset", "log_every": 1},
-    }  # fmt: skip
-    (folder / "config.yaml").write_text(yaml.safe_dump(values))
-    return folder
+    return make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
@@ -79,39 +51,10 @@ def go(data, tmp_path, monkeypatch):
     def go(name: str, *overrides: str, plots: bool = False) -> Path:
         if not plots:  # they take longer than the run
             monkeypatch.setattr(train.main, "write_report", lambda folder: None)
-        argv = ["--config", str(data / "config.yaml"), f"run.dir={tmp_path / name}", *overrides]
-        train.main.main(argv)
+        train.main.main(arguments(data, tmp_path / name, *overrides))
         return tmp_path / name
 
     return go
-
-
-def weights(run_dir: Path, which: str = "last") -> dict[str, torch.Tensor]:
-    return load_file(run_dir / which / "model.safetensors")
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    """Both runs ended in the same bits, and logged the same losses and accuracies."""
-    for which in ("last", "best"):
-        expected, actual = weights(one, which), weights(other, which)
-        assert expected.keys() == actual.keys()
-        assert [k for k in expected if not torch.equal(expected[k], actual[k])] == []
-    keys = ("step", "loss", "lr", "val_top1")
-    logs = [[[line.get(k) for k in keys] for line in read_log(r)] for r in (one, other)]
-    assert logs[0] == logs[1]
-    assert (one / "eval.json").read_text() == (other / "eval.json").read_text()
-
-
-def command(data: Path, run_dir: Path, *overrides: str) -> list[str]:
-    main = str(ROOT / "train" / "main.py")
-    return [main, "--config", str(data / "config.yaml"), f"run.dir={run_dir}", *overrides]
-
-
-def environment() -> dict[str, str]:
-    """For a process of its own: this one's rank is none of its business."""
-    ours = ("RANK", "WORLD_SIZE", "MASTER_")
-    env = {k: v for k, v in os.environ.items() if not k.startswith(ours) and "LOCAL_" not in k}
-    return env | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{env['PATH']}"}
 
 
 def test_run_folder_holds_all_that_was_promised(go, data, capsys):
@@ -306,14 +249,6 @@ def test_two_processes_and_one_with_twice_the_micro_batch_have_the_same_losses(g
     assert len(logs[0]) == 10
     assert logs[1] == pytest.approx(logs[0], rel=1e-5)
     assert done.stdout.count('"finished": true') == 1
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_two_processes_tell_an_error_once(data, tmp_path):

@@ -134,6 +134,7 @@ def measure_pass(engine: Any, clip: Tensor, count: int, optim: OptimConfig) -> t
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what is free is given back, so that the rest can be counted
     resident = psutil.Process().memory_info().rss
+    os.environ["KINETO_LOG_LEVEL"] = "99"  # else the profiler tells of itself
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         begun = time.perf_counter()
         run(last=True)

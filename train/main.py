@@ -42,6 +42,7 @@ from train.job import Job, check_root, prepare
 from train.log import RunLog, cut_log
 from train.processes import (
     StopSignals,
+    end_children,
     end_processes,
     first_alone,
     gather,
@@ -82,6 +83,7 @@ def main(argv: list[str]) -> None:
                 status = estimate(job, signals) if args.dry_run else train(job, signals)
                 dist.barrier()
     finally:
+        end_children()
         end_processes()
     if status:
         sys.exit(status)

@@ -6,9 +6,11 @@ Every error is told once, whichever processes meet it, and none of them waits fo
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -78,6 +80,15 @@ def end_processes() -> None:
             comm.destroy_process_group()  # it forgets DeepSpeed's own groups as well
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def end_children() -> None:
+    """Ends the processes that decode, for which Python and DALI might wait for ever at the exit."""
+    for child in active_children():
+        child.kill()
+    for thread in threading.enumerate():
+        if thread.name.endswith("(_observer_thread)"):
+            thread.join(10)  # DALI's: it has to see that they are gone before it is told to end
 
 
 def cores_per_process() -> int:
@@ -150,7 +161,8 @@ def told_once() -> Iterator[None]:
         except RuntimeError:  # the store has gone with the first process
             told = False
         if not told:
-            reason = text.splitlines()[0].rpartition("] ")[2]
+            reason = text.splitlines()[0].partition(". This is typically")[0]
+            reason = re.sub(r"^\[[^\]]*\] ", "", reason)  # gloo's file and line
             print(
                 f"error: a process of this run has died or is stuck ({reason}); start it again "
                 "with run.resume=auto",

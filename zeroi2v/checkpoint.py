@@ -6,17 +6,20 @@ that contradicts the tensors, is an error that names it.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -50,7 +53,10 @@ def save(model: VideoViT, folder: str | Path, extra_files: dict[str, str] | None
     card = model_card(model.config, extra_files)
     files = {CONFIG: json.dumps(config, indent=2), CARD: card, **extra_files}
     with replacing(folder) as temporary:
-        save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
+        try:
+            save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
+        except SafetensorError as error:  # its own kind of an input or output error
+            raise OSError(f"{folder} can't be written ({error})") from None
         for name, text in files.items():
             (temporary / name).write_text(text.rstrip() + "\n", encoding="utf-8")
 
@@ -214,15 +220,24 @@ def replacing(folder: Path) -> Iterator[Path]:
             file.chmod(0o644)  # safetensors lets its owner alone read it
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
-        if folder.exists():
+        if folder.exists() and not _exchange(temporary, folder):
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
             os.replace(folder, old)
             os.replace(temporary, folder)
             shutil.rmtree(old)
-        else:
+        elif not folder.exists():
             os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two folders in one go, so that neither is ever missing; False where that can't be."""
+    if sys.platform != "linux":
+        return False
+    at_working_folder, exchange = -100, 2
+    rename = ctypes.CDLL(None).renameat2
+    return rename(at_working_folder, bytes(one), at_working_folder, bytes(other), exchange) == 0
 
 
 def write_whole(path: Path, text: str) -> None:

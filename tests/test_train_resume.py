@@ -1,0 +1,86 @@
+"""A run that is killed at random goes on by itself to the very weights of one that never was.
+
+`ZEROI2V_SOAK=20` makes it 20 stops in each ZeRO stage, which takes many minutes.
+"""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from training import Ranks, arguments, assert_same_run, make_data, wait_for
+
+from train.log import read_log
+from train.state import read_tag
+
+STOPS = int(os.environ.get("ZEROI2V_SOAK", "4"))
+STAGES = range(4) if "ZEROI2V_SOAK" in os.environ else (2,)
+ALL, ONE = [0, 1], [1]
+# Signal and ranks it goes to; drawn in turn, so that each comes up.
+ACTIONS = [(signal.SIGKILL, ALL), (signal.SIGKILL, ONE), (signal.SIGTERM, ONE),
+           (signal.SIGKILL, [0]), (signal.SIGTERM, ALL)]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def steps_logged(run_dir: Path) -> int:
+    lines = read_log(run_dir)
+    return lines[-1]["step"] if lines else 0
+
+
+def saved_step(run_dir: Path) -> int:
+    tag = read_tag(run_dir / "state")
+    return 0 if tag is None else int(tag.split("_")[1])
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("stage", STAGES)
+def test_run_stopped_at_random_is_bit_equal_to_one_never_stopped(data, tmp_path, stage):
+    """Two processes, each with a decoding worker; nothing is told to a new start but `auto`."""
+    epochs = max(2, STOPS // 2)
+    options = (
+        f"optim.zero_stage={stage}", f"optim.epochs={epochs}", "optim.clip_grad=1",
+        "optim.micro_batch=1", "data.workers=1", "run.save_every=1", "run.resume=auto",
+    )  # fmt: skip
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    with Ranks(arguments(data, whole, *options), count=2, output=tmp_path / "whole.txt") as ranks:
+        assert ranks.wait(300) == [0, 0], ranks.text()
+
+    rng = random.Random(stage)
+    for stop in range(STOPS):
+        number, target = ACTIONS[stop % len(ACTIONS)]
+        output = tmp_path / f"{stop}.txt"
+        with Ranks(arguments(data, broken, *options), count=2, output=output) as ranks:
+            goal = saved_step(broken) + rng.randint(1, 2)
+            wait_for(lambda goal=goal: steps_logged(broken) >= goal or done(ranks), 120)
+            time.sleep(rng.random() * 0.4)
+            workers = [w for p in ranks.processes if p.is_alive()
+                       for w in psutil.Process(p.pid).children()]  # fmt: skip
+            assert not done(ranks), ranks.text()
+            ranks.send(number, target)
+            codes = ranks.wait(60)
+        if number == signal.SIGTERM:
+            assert codes == [128 + signal.SIGTERM] * 2, ranks.text()
+        else:
+            assert all(codes[rank] == -signal.SIGKILL for rank in target)
+            if target is not ALL:
+                told = ranks.errors()
+                assert len(told) == 1 and "run.resume=auto" in told[0], ranks.text()
+        wait_for(lambda workers=workers: not any(w.is_running() for w in workers), 10)
+    with Ranks(arguments(data, broken, *options), count=2, output=tmp_path / "end.txt") as ranks:
+        assert ranks.wait(300) == [0, 0], ranks.text()
+    assert_same_run(whole, broken)
+    steps = [line["step"] for line in read_log(broken) if "loss" in line]
+    assert steps == list(range(1, 4 * epochs + 1))
+    names = {p.name for p in broken.iterdir()}
+    assert not [n for n in names if n.startswith((".last", ".best", ".log"))], names
+
+
+def done(ranks: Ranks) -> bool:
+    return not all(process.is_alive() for process in ranks.processes)

@@ -18,7 +18,7 @@ from zeroi2v.data.annotations import Sample
 from zeroi2v.data.decode import read_frames
 from zeroi2v.data.gop import DALI_CPU, NVDEC, Cut, Cutter
 from zeroi2v.data.pipeline import ClipLoader
-from zeroi2v.data.sampling import uniform_indices
+from zeroi2v.data.sampling import dense_indices, uniform_indices
 
 ALL = Cutter(codecs=NVDEC.codecs | DALI_CPU.codecs)
 VP9 = {"g": "12", "deadline": "realtime", "cpu-used": "8"}
@@ -157,8 +157,9 @@ def numbers(batch, cfg) -> list[list[int]]:
     return [[read_number(f) for f in clip] for clip in pixels(batch.video[:, 0], cfg.preprocess)]
 
 
-def test_both_decoders_give_the_same_frames_in_the_same_batches(samples):
-    cfg = config(64, 8, val_short_side=64, sampling="dense", interval=3)
+@pytest.mark.parametrize("sampling", ["dense", "uniform"])
+def test_both_decoders_give_the_published_frames_in_the_same_batches(samples, sampling):
+    cfg = config(64, 8, val_short_side=64, sampling=sampling, interval=3)
     for mode, epochs in (("train", 5), ("val", 1)):
         loaders = {
             decoder: ClipLoader(samples, cfg, batch_size=7, mode=mode, seed=2, decoder=decoder)
@@ -168,6 +169,11 @@ def test_both_decoders_give_the_same_frames_in_the_same_batches(samples):
             ours, theirs = (next(iter(loaders[d].epoch(epoch))) for d in ("pyav", "dali"))
             assert torch.equal(ours.index, theirs.index) and torch.equal(ours.label, theirs.label)
             assert numbers(ours, cfg) == numbers(theirs, cfg)
+            if mode == "val":
+                totals = (50, 51, 52, 53, 54, 30)  # the last sample begins in the middle
+                for clip, total in zip(numbers(theirs, cfg), totals, strict=False):
+                    dense, uniform = dense_indices(total, 8, 3)[0], uniform_indices(total, 8)[0]
+                    assert clip == (dense if sampling == "dense" else uniform).tolist()
             different = pixels((ours.video - theirs.video)[:, 0], cfg.preprocess) - np.array(
                 cfg.preprocess.mean
             )

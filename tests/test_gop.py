@@ -141,13 +141,13 @@ def samples(tmp_path_factory) -> list[Sample]:
         ("vp8.webm", "libvpx", {"g": "12", "deadline": "realtime"}),
     )
     made = [
-        write_numbered(folder / name, 50 + i, codec, size=(64, 96), **options)
+        write_numbered(folder / name, 50 + i, codec, size=(64, 64), **options)
         for i, (name, codec, options) in enumerate(kinds)
     ]
     images = folder / "images"
     images.mkdir()
     for i in range(30):
-        frame = av.VideoFrame.from_ndarray(numbered_frame(i, 64, 96), format="rgb24")
+        frame = av.VideoFrame.from_ndarray(numbered_frame(i, 64, 64), format="rgb24")
         frame.to_image().save(images / f"img_{i:05}.png")
     part = Sample(made[0], 6, 0.5, 1.2)
     return [Sample(p, i) for i, p in enumerate(made)] + [Sample(str(images), 5), part]

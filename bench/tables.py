@@ -182,13 +182,13 @@ SECTIONS = (
 )  # fmt: skip
 
 
-def readme_part(machines: list[dict], pictures: Collection[str]) -> str:
-    """The README's tables, and those of its figures that are in `pictures`."""
+def readme_part(machines: list[dict], files: Collection[str]) -> str:
+    """The README's tables, and those of its figures that are among `files`."""
     if not any(results["machine"]["kind"] == "GPU" for results in machines):
         machines = [*machines, {"machine": WANTED, "benches": {}}]
-    parts = [INTRODUCTION, _zero_cost(machines, pictures), _operations(machines)]
-    parts += [_section(section, machines, pictures) for section in SECTIONS]
-    parts += _ops(machines, pictures)
+    parts = [INTRODUCTION, _zero_cost(machines, files), _operations(machines)]
+    parts += [_section(section, machines, files) for section in SECTIONS]
+    parts += _ops(machines, files)
     pages = [
         f"[{where(results)}](bench/results/{results['machine']['slug']}.md)"
         for results in machines
@@ -206,7 +206,7 @@ def find(results: dict, name: str, **facts) -> dict:
     return {"rows": {}}
 
 
-def _zero_cost(machines: list[dict], pictures: Collection[str]) -> str:
+def _zero_cost(machines: list[dict], files: Collection[str]) -> str:
     header = ["machine", "model, frames", "precision", "merged, ms a clip", "÷ transformers CLIP"]
     header += ["÷ authors' way", "adapted ÷ merged", "error", "measured by"]
     rows = []
@@ -223,8 +223,8 @@ def _zero_cost(machines: list[dict], pictures: Collection[str]) -> str:
         " the outputs, relative to float64."
     )
     parts = ["### Zero cost", text, table(header, rows)]
-    parts += _figures(machines, pictures, "latency", "time of a clip beside CLIP's image model")
-    parts += _figures(machines, pictures, "scaling", "speed over batch, time over frames")
+    parts += _figures(machines, files, "latency", "time of a clip beside CLIP's image model")
+    parts += _figures(machines, files, "scaling", "speed over batch, time over frames")
     return "\n\n".join(parts)
 
 
@@ -261,7 +261,7 @@ def _operations(machines: list[dict]) -> str:
     return "\n\n".join(["### Parameters and operations", text, table(header, rows)])
 
 
-def _section(section: Section, machines: list[dict], pictures: Collection[str]) -> str:
+def _section(section: Section, machines: list[dict], files: Collection[str]) -> str:
     header = ["machine", "case", "", *(COLUMNS[key][0] for key in section.columns), "measured by"]
     rows = []
     for results in machines:
@@ -278,24 +278,24 @@ def _section(section: Section, machines: list[dict], pictures: Collection[str]) 
         if len(rows) == before:
             empty = [""] * (len(section.columns) + 2)
             rows.append([where(results), *empty, f"`{COMMAND}`"])
-    figures = _figures(machines, pictures, *section.picture) if section.picture else []
+    figures = _figures(machines, files, *section.picture) if section.picture else []
     return "\n\n".join([f"### {section.title}", section.text, table(header, rows), *figures])
 
 
-def _ops(machines: list[dict], pictures: Collection[str]) -> list[str]:
-    figures = _figures(machines, pictures, "roofline", "operations a second of the ops")
+def _ops(machines: list[dict], files: Collection[str]) -> list[str]:
+    figures = _figures(machines, files, "roofline", "operations a second of the ops")
     text = (
         "Attention and the adapter linear, forward and with backward, on every backend that runs"
         " there: how near they come to a large matmul and a large copy, both measured in the same"
-        " run. `python -m bench.compile_kernels` tells what the Triton kernels compile to on GPUs"
-        " that are not here."
+        " run. What the Triton kernels compile to on GPUs that are not here:"
+        " [bench/results/kernels.md](bench/results/kernels.md)."
     )
-    return ["### The ops", text, *figures] if figures else []
+    return ["### The ops", text, *figures]
 
 
-def _figures(machines: list[dict], pictures: Collection[str], plot: str, told: str) -> list[str]:
+def _figures(machines: list[dict], files: Collection[str], plot: str, told: str) -> list[str]:
     names = [(f"{results['machine']['slug']}-{plot}.png", where(results)) for results in machines]
-    return [f"![{told}, {w}](bench/results/{n})" for n, w in names if n in pictures]
+    return [f"![{told}, {w}](bench/results/{n})" for n, w in names if n in files]
 
 
 def _source(bench: dict) -> str:

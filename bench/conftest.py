@@ -29,6 +29,8 @@ if not torch.cuda.is_available():  # kernels run in Triton's interpreter; it rea
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 RESULTS = Path(__file__).with_name("results")
+TAKEN = {"bench", "commit", "command", "date", "took", "rows"}
+"""Names of what is stored with every bench."""
 OPTIONAL = (
     "av deepspeed nvidia transformers timm open_clip torchvision torchcodec decord flash_attn "
     "onnx onnxscript onnxruntime matplotlib tensorboard"
@@ -163,7 +165,7 @@ def compare(request, benchmark, store, timed):
     device: `cpu` for what uses no GPU though there is one.
     graph: on a GPU, replay each as a CUDA graph; who can't be captured runs as it is, told so.
     memory, energy: measure peak bytes above what is held before; joules, where a GPU counts them.
-    rounds: how many; by default as many as fit.
+    rounds: how many, more if they are short; by default as many as fit.
     against: of contestants, by name, another that they are compared with beside the baseline.
     goals: of pairs of contestants, "this / that", the most that the ratio of their times should be.
     facts: kept with the figures. A dict by contestants' names makes a column, the rest describe the
@@ -193,6 +195,8 @@ def compare(request, benchmark, store, timed):
     ) -> dict | None:
         if baseline not in contestants:
             raise ValueError(f"baseline must be one of {list(contestants)}: got {baseline!r}")
+        if taken := facts.keys() & TAKEN:
+            raise ValueError(f"facts must not be called {sorted(TAKEN)}: got {sorted(taken)}")
         device = device or machine.device()
         timing = timed
         if benchmark is not None:
@@ -265,6 +269,7 @@ def _interleave(config, benchmark, contestants, device, rounds) -> dict[str, lis
             config.getoption("--rounds") or rounds,
             config.getoption("--seconds"),
             time.perf_counter if benchmark is None else benchmark._timer,
+            exact=config.getoption("--rounds") is not None,
         )
     finally:
         if collects:

@@ -31,10 +31,12 @@ def interleave(
     rounds: int | None = None,
     budget: float = 60.0,
     timer: Callable[[], float] = time.perf_counter,
+    exact: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds of each warmed-up contestant in each round; who begins rotates.
 
-    Without `rounds`, as many as fit into `budget` seconds, within `ROUNDS`; more of short ones.
+    Without `rounds`, as many as fit into `budget` seconds, within `ROUNDS`. More if they are short,
+    unless `rounds` is `exact`.
     """
     names = list(contestants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -43,7 +45,7 @@ def interleave(
     while (
         done < least
         or (done < most and now * (done + 1) / done <= budget)
-        or (not rounds and done < MANY and now < min(SHORT, budget))
+        or (not exact and done < MANY and now < min(SHORT, budget))
     ):
         shift = done % len(names)
         for name in names[shift:] + names[:shift]:

@@ -136,7 +136,8 @@ def test_attention_that_looks_the_wrong_way_fails_the_bench(tmp_path):
 def test_contestants_take_turns_and_a_ratio_is_of_one_round():
     order, clock = [], count()
     contestants = {name: lambda name=name: order.append(name) for name in "abc"}
-    seconds = measure.interleave(contestants, "cpu", rounds=3, timer=lambda: next(clock))
+    turns = dict(rounds=3, exact=True, timer=lambda: next(clock))
+    seconds = measure.interleave(contestants, "cpu", **turns)
     assert "".join(order) == "abcbcacab"
     assert seconds == {name: [1, 1, 1] for name in "abc"}
     row = measure.summary([2.0, 20.0, 3.0], [1.0, 10.0, 1.0])  # the second round was disturbed
@@ -147,16 +148,19 @@ def test_rounds_fill_the_budget_within_bounds(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
 
-    def rounds(seconds: float, budget: float) -> int:
+    def rounds(seconds: float, budget: float, **wanted) -> int:
         def run():
             now[0] += seconds
 
-        return len(measure.interleave({"a": run}, "cpu", budget=budget)["a"])
+        return len(measure.interleave({"a": run}, "cpu", budget=budget, **wanted)["a"])
 
     assert rounds(1, budget=8) == 8
     assert rounds(100, budget=8) == 3
     assert rounds(0.125, budget=8) == 15
     assert rounds(0.0078125, budget=8) == 128  # one second of short runs
+    assert rounds(2, budget=8, rounds=5) == 5
+    assert rounds(0.0078125, budget=8, rounds=5) == 128
+    assert rounds(0.0078125, budget=8, rounds=5, exact=True) == 5
 
 
 def test_peak_memory_counts_what_is_held_at_once():

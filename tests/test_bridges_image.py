@@ -168,6 +168,23 @@ def test_open_clip_file_has_open_clips_features(tmp_path, quick_gelu, suffix):
     assert relative(features(load_foreign(path, activation=wrong)), expected) > 1e-3
 
 
+@pytest.mark.parametrize("size", [24, 48])
+def test_positions_are_resized_as_open_clip_does(tmp_path, size):
+    from open_clip.model import resize_pos_embed
+
+    state = open_clip_model().state_dict()
+    torch.save(dict(state), tmp_path / "laion.pt")
+    theirs, resized = open_clip_model(image_size=size), dict(state)
+    resize_pos_embed(resized, theirs)
+    theirs.load_state_dict(resized)
+    theirs.visual.proj = None
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = theirs.visual(images)
+    ours = load_foreign(tmp_path / "laion.pt", activation="gelu", image_size=size)
+    assert relative(features(ours, images), expected) <= 1e-5
+
+
 def test_open_clip_folder_tells_heads_and_activation(tmp_path):
     model = open_clip_model(head_width=32, ls_init_value=0.3)
     save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")

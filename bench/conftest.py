@@ -123,7 +123,6 @@ def store(request, timed):
 
     `rows` maps names (of models, cases) to figures. Nothing is kept without `--benchmark`.
     """
-
     start = time.perf_counter()
 
     def keep(rows: dict[str, dict] | None = None, **facts) -> None:
@@ -203,19 +202,8 @@ def compare(request, benchmark, store, timed):
             benchmark._mode = "compare(...)"  # else it warns that nothing used it
             timing = timed and benchmark.enabled
         rows: dict[str, dict] = {name: {} for name in contestants}
-        contestants = dict(contestants)
-        for name, contestant in contestants.items():  # also warms up
-            output = None
-            if memory and timing:
-                output, rows[name]["peak_bytes"] = measure.run_counting_memory(contestant, device)
-            if graph and device == "cuda":  # a replay allocates nothing
-                output = None
-                contestants[name] = _graph(name, contestant, rows[name])
-            if output is None:
-                output = contestants[name]()
-            if check is not None:
-                check(name, output)
-            del output
+        graph = graph and device == "cuda"
+        contestants = _warm_up(contestants, rows, check, device, graph, memory and timing)
         if not timing:
             return None
         setting = request.getfixturevalue("setting")
@@ -244,6 +232,26 @@ def compare(request, benchmark, store, timed):
         return rows
 
     return run
+
+
+def _warm_up(contestants, rows, check, device, graph, memory) -> dict[str, Callable]:
+    """Runs and checks each contestant once; returns them, captured in graphs if that is wanted.
+
+    Adds peak bytes and whether there is a graph to `rows`.
+    """
+    ready = {}
+    for name, contestant in contestants.items():
+        output, ready[name] = None, contestant
+        if memory:
+            output, rows[name]["peak_bytes"] = measure.run_counting_memory(contestant, device)
+        if graph:  # after memory is counted: a replay allocates nothing
+            output, ready[name] = None, _graph(name, contestant, rows[name])
+        if output is None:
+            output = ready[name]()
+        if check is not None:
+            check(name, output)
+        del output
+    return ready
 
 
 def _graph(name: str, contestant: Callable, row: dict) -> Callable:

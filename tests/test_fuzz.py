@@ -90,9 +90,10 @@ def decoded_source(path: str) -> frozenset[str]:
     return frozenset(map(digest, decoded(path)[0]))
 
 
-def decoded(path: str | io.BytesIO) -> tuple[list[np.ndarray], bool]:
-    """The frames a decode of the whole file gives, past errors, and whether it had none."""
-    frames, whole = [], True
+def decoded(path: str | io.BytesIO) -> tuple[list[np.ndarray], bool, bool]:
+    """The frames a decode of the whole file gives, past errors; whether it had none; and whether
+    the frames come in the order of their time stamps."""
+    frames, whole, stamps = [], True, []
     convert = VideoReformatter()
     try:
         with av.open(path, metadata_errors="ignore") as container:
@@ -109,6 +110,7 @@ def decoded(path: str | io.BytesIO) -> tuple[list[np.ndarray], bool]:
                             round(frame.rotation / 90),
                         )
                         frames.append(image)
+                        stamps.append(frame.pts)
                         whole = whole and not frame.is_corrupt
                 except StopIteration:
                     break
@@ -117,7 +119,7 @@ def decoded(path: str | io.BytesIO) -> tuple[list[np.ndarray], bool]:
                     errors += 1
     except (av.FFmpegError, AttributeError, IndexError):
         whole = False
-    return frames, whole
+    return frames, whole, None not in stamps and stamps == sorted(stamps)
 
 
 def attack(number: int, sources: list[str], folder: str) -> dict:
@@ -142,7 +144,7 @@ def attack(number: int, sources: list[str], folder: str) -> dict:
     begun = time.perf_counter()
     facts = inspect_video(path, "x", TIMEOUT)
     seconds = max(seconds, time.perf_counter() - begun)
-    images, whole = decoded(path)
+    images, whole, ordered = decoded(path)
     truth = [digest(image) for image in images]
     mine, true_frames = (
         [digest(frame) for frame in frames],
@@ -150,7 +152,9 @@ def attack(number: int, sources: list[str], folder: str) -> dict:
     )
     result = dict(source=source.name, error=error, seconds=seconds, wrong="")
     for cutter in CUTTERS:
-        result["wrong"] = result["wrong"] or attack_cut(path, choose, cutter, images, whole)
+        result["wrong"] = result["wrong"] or attack_cut(
+            path, choose, cutter, images, whole and ordered
+        )
     os.remove(path)
     if error and path not in error:
         result["wrong"] = f"does not name the file: {error}"
@@ -167,7 +171,11 @@ def attack(number: int, sources: list[str], folder: str) -> dict:
 
 
 def attack_cut(path: str, choose, cutter: Cutter, images: list[np.ndarray], whole: bool) -> str:
-    """What is wrong with the frames of the file's cut, if it has one."""
+    """What is wrong with the frames of the file's cut, if it has one.
+
+    Damage that no decoder notices shows in the number of frames, which a manifest knows, or in
+    their order.
+    """
     wanted = []
 
     def remember(total):
@@ -175,7 +183,7 @@ def attack_cut(path: str, choose, cutter: Cutter, images: list[np.ndarray], whol
         return np.array(wanted)
 
     try:
-        cut = read_frames(path, remember, timeout=TIMEOUT, cut=cutter)
+        cut = read_frames(path, remember, timeout=TIMEOUT, frames=len(images) or None, cut=cutter)
     except DecodeError:
         return ""
     if not isinstance(cut, Cut):
@@ -186,7 +194,7 @@ def attack_cut(path: str, choose, cutter: Cutter, images: list[np.ndarray], whol
             return "DALI fails on a whole file"
         allowed = 6  # rounds colours otherwise; a frame away would differ by more
     else:
-        parts, _ = decoded(io.BytesIO(cut.data.tobytes()))
+        parts, *_ = decoded(io.BytesIO(cut.data.tobytes()))
         if whole and len(parts) <= max(cut.frames):
             return f"the cut has {len(parts)} frames, not {max(cut.frames) + 1}"
         frames = [parts[i] for i in cut.frames] if whole else []

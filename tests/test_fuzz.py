@@ -132,7 +132,7 @@ def attack(number: int, sources: list[str], folder: str) -> dict:
 
     def choose(total):
         totals.append(total)
-        wanted[:] = np.random.default_rng((8, number)).integers(total, size=4).tolist()
+        wanted[:] = draw(number, total)
         return np.array(wanted)
 
     begun, frames, error = time.perf_counter(), [], ""
@@ -152,9 +152,8 @@ def attack(number: int, sources: list[str], folder: str) -> dict:
     )
     result = dict(source=source.name, error=error, seconds=seconds, wrong="")
     for cutter in CUTTERS:
-        result["wrong"] = result["wrong"] or attack_cut(
-            path, choose, cutter, images, whole and ordered
-        )
+        wrong = attack_cut(path, number, cutter, images, whole and ordered)
+        result["wrong"] = result["wrong"] or wrong
     os.remove(path)
     if error and path not in error:
         result["wrong"] = f"does not name the file: {error}"
@@ -170,20 +169,26 @@ def attack(number: int, sources: list[str], folder: str) -> dict:
     return result
 
 
-def attack_cut(path: str, choose, cutter: Cutter, images: list[np.ndarray], whole: bool) -> str:
+def draw(number: int, total: int) -> list[int]:
+    return np.random.default_rng((8, number)).integers(total, size=4).tolist()
+
+
+def attack_cut(
+    path: str, number: int, cutter: Cutter, images: list[np.ndarray], whole: bool
+) -> str:
     """What is wrong with the frames of the file's cut, if it has one.
 
     Damage that no decoder notices shows in the number of frames, which a manifest knows, or in
     their order.
     """
-    wanted = []
+    wanted, count = [], len(images) or None
 
-    def remember(total):
-        wanted[:] = choose(total)
+    def choose(total):
+        wanted[:] = draw(number, total)
         return np.array(wanted)
 
     try:
-        cut = read_frames(path, remember, timeout=TIMEOUT, frames=len(images) or None, cut=cutter)
+        cut = read_frames(path, choose, timeout=TIMEOUT, frames=count, cut=cutter)
     except DecodeError:
         return ""
     if not isinstance(cut, Cut):

@@ -1,10 +1,12 @@
 """No file runs code, whatever reads it; damage of every kind is one clear line."""
 
+import argparse
 import json
 import os
 import pickle
 import struct
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,6 +90,14 @@ def test_history_buffers_are_skipped_whatever_they_hold(tmp_path, monkeypatch):
     assert "mmengine.logging.history_buffer.HistoryBuffer" in names and "builtins.getattr" in names
     source = read_source(path)
     assert source.text == text and len(source.tensors) == len(trained.state_dict())
+
+
+def test_command_line_kept_beside_the_weights_is_skipped(tmp_path):
+    trained = trained_model(SSV2)
+    meta = {"cfg": authors_config(trained, SSV2)}
+    args = argparse.Namespace(lr=0.1, output=Path("/runs"), betas=(0.9, 0.99))
+    torch.save({"meta": meta, "args": args, "state_dict": authors_state(trained)}, tmp_path / "a")
+    assert len(read_source(tmp_path / "a").tensors) == len(trained.state_dict())
 
 
 def test_file_may_be_of_the_format_before_pytorch_1_6(tmp_path):

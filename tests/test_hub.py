@@ -7,7 +7,7 @@ import pytest
 import yaml
 from models import build, small_config
 
-from zeroi2v import VideoViT, merge, reparam
+from zeroi2v import VideoViT, merge, predict, reparam
 from zeroi2v.card import model_card, published_recipe
 from zeroi2v.checkpoint import fetch, save
 from zeroi2v.cli import run
@@ -49,6 +49,31 @@ def test_hub_name_downloads_the_folder_once(tmp_path, monkeypatch):
     assert "model.safetensors" in asked[0][1]["allow_patterns"]
     (tmp_path / "owner").mkdir()  # then it is a mistyped path
     assert str(fetch("owner/model")) == "owner/model" and len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError("no snapshot\nPlease check"),
+        ValueError("bad name"),
+        RuntimeError("of some client"),
+        OSError(""),
+    ],
+)
+def test_hub_that_gives_nothing_is_one_clear_line(tmp_path, monkeypatch, capsys, error):
+    import huggingface_hub
+
+    def fail(*_args, **_options):
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    assert run(predict.main, ["owner/model", "video.mp4"]) == 1
+    captured = capsys.readouterr().err
+    assert "owner/model is no folder here, and the hub gives none (" in captured
+    assert captured.count("\n") == 1
+    assert run(predict.main, ["owner/model.onnx", "video.mp4"]) == 1  # a mistyped file
+    assert "model not found: owner/model.onnx" in capsys.readouterr().err
 
 
 def test_push_to_hub_uploads_what_save_pretrained_writes(tmp_path, monkeypatch):

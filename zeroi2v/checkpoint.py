@@ -73,12 +73,16 @@ def fetch(name: str | Path, **download) -> Path:
     """
     path = Path(name)
     remote = re.fullmatch(r"[\w.-]+/[\w.-]+", os.fspath(name)) and not path.parent.exists()
-    if path.exists() or not remote:
+    if path.exists() or not remote or path.suffix in (".onnx", ".pt2"):
         return path
     from huggingface_hub import snapshot_download
 
     files = [CONFIG, WEIGHTS, CARD, *ORIGINS]
-    return Path(snapshot_download(str(name), allow_patterns=files, **download))
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=files, **download))
+    except Exception as error:  # the hub's client is another library from version to version
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OSError(f"{name} is no folder here, and the hub gives none ({reason})") from None
 
 
 def load(folder: str | Path) -> VideoViT:

@@ -30,9 +30,14 @@ WEIGHT_FILES = (
 CONFIG_FILES = ("config.json", "open_clip_config.json", "preprocessor_config.json")
 
 # What MMEngine puts beside the weights: history buffers, and NumPy's arrays and numbers in them.
-# Python pickles the buffers' functions as getattr(class, name).
+# Python pickles the buffers' functions as getattr(class, name). Others keep their command line.
 _INERT_MODULES = ("mmengine.", "mmcv.", "mmaction.", "numpy.")
-_INERT_NAMES = ("builtins.getattr",)
+_INERT_NAMES = (
+    "builtins.getattr",
+    "argparse.Namespace",
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -142,6 +142,9 @@ def test_real_lists_are_read_whole(clips):
     assert len(k400) == 128
     assert k400[0] == Sample("k/abseiling/_4YTwq0-73Y_000044_000054.mp4", 0)
 
+    videos = read_list(folder / "mmaction2/video_test_list.txt", root=clips)
+    assert videos == [Sample(str(clips / "test.mp4"), 0)] * 2
+
     frames = read_list(folder / "kinetics400/val_small_frames.list", num_classes=400)
     assert len(frames) == 200
     assert frames[1] == Sample("abseiling/_EDt9CNqqxk_000260_000270.mp4", 0, span=(0, 250))

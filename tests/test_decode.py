@@ -116,6 +116,23 @@ def test_start_and_end_keep_the_frames_shown_from_start_to_before_end(tmp_path, 
         read_frames(path, every, 2.5, 3.0)
 
 
+def test_labelled_parts_of_real_videos_are_their_frames(clips):
+    """Parts that a list of frames names, asked for by their seconds."""
+    with open(clips / "annotations/tiny/intel_segments.tsv", newline="") as lines:
+        rows = list(csv.DictReader(lines, delimiter="\t"))
+    assert len(rows) == 39
+    rates = {row["file"]: float(row["fps"] or 0) for row in manifest(clips)}
+    for row in rows[::8]:
+        path, rate = clips / row["file"], rates[row["file"]]
+        first, last = int(row["start_frame"]), int(row["end_frame_excl"])
+        half = 0.5 / rate
+        part = read_frames(
+            path, lambda n: np.array([0, n // 2, n - 1]), first / rate - half, last / rate - half
+        )
+        picks = np.array([first, first + (last - first) // 2, last - 1])
+        assert np.array_equal(part, read_frames(path, lambda n, picks=picks: picks)), row
+
+
 def test_times_of_a_variable_frame_rate_count(tmp_path):
     times = [0, 9000, 90000, 99000, 270000]  # 0, 0.1, 1, 1.1 and 3 s
     images = [numbered_frame(i, 64, 64) for i in range(5)]

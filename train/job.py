@@ -84,6 +84,8 @@ def prepare(config: RunConfig, device: torch.device, keep: ExitStack | None) -> 
     loader = ClipLoader(
         samples, video, mode="train", augment=config.augment, accumulation=accumulation, **common
     )
+    # Validated on the very pixels that `evaluate` sees, which knows of no manifest.
+    common["decoder"] = "pyav"
     val_loader = ClipLoader(val_samples, video, mode="val", **common) if val_samples else None
     torch.manual_seed(config.run.seed)
     model = VideoViT(video)

@@ -13,13 +13,20 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from models import build, small_config
+from torch.distributed import distributed_c10d
 from videos import write_numbered
 
+from train.config import OptimConfig
+from train.engine import build_engine
 from train.log import read_log
+from train.processes import end_processes, start_processes
 from zeroi2v import VideoViT
 
 ROOT = Path(__file__).parents[1]
@@ -183,6 +190,22 @@ def test_kubernetes_job_is_well_formed_and_a_lost_node_ends_the_other_which_can_
     tag = (tmp_path / "run" / "state" / "latest").read_text().strip()
     assert (tmp_path / "run" / "state" / tag / "record.json").is_file()
     assert VideoViT.from_pretrained(tmp_path / "run" / "last").config.num_classes == 2
+
+
+def test_no_group_of_processes_waits_longer_for_a_stuck_one_than_told(monkeypatch):
+    monkeypatch.setenv("DEEPSPEED_TIMEOUT", "3")
+    start_processes()
+    try:
+        model = build(small_config()).freeze()
+        engine = build_engine(model, OptimConfig(batch_size=2, micro_batch=2), steps_per_epoch=4)
+        groups = [
+            group._get_backend(torch.device("cpu")) for group in distributed_c10d._world.pg_map
+        ]
+        assert len(groups) > 1  # the world, and those of DeepSpeed
+        assert {group.options._timeout for group in groups} == {timedelta(minutes=3)}
+        engine.destroy()
+    finally:
+        end_processes()
 
 
 def test_hostfile_command_starts_a_node_of_two(config, tmp_path):

@@ -7,15 +7,18 @@ late, since its import takes seconds and bad input should be told before.
 from __future__ import annotations
 
 import math
+import os
 import random
 import warnings
 import zlib
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 
 from train.config import OptimConfig
 
@@ -83,6 +86,10 @@ def build_engine(model: nn.Module, optim: OptimConfig, steps_per_epoch: int) -> 
         lr_scheduler=scheduler,
         config=deepspeed_config(optim, dist.get_world_size(), trainable),
     )
+    # Its own groups of processes would wait half an hour for one that is stuck.
+    limit = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", "10")))
+    for group in distributed_c10d._world.pg_map:
+        distributed_c10d._set_pg_timeout(limit, group)
     return engine
 
 

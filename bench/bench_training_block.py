@@ -1,96 +1,99 @@
 """A training step, forward and backward, with the block that keeps little and with plain autograd.
 
-Contestants: `naive`, the block as the paper and CLIP write it, left to autograd; `modules`, that of
-`model.py` left to autograd; and the three policies of the training block. The same frozen ViT-B/16
-with trainable adapters, one clip of 8 frames. Peak memory is what the allocator gave out above the
-weights, counted event by event, so it has no noise. Takes 20 minutes on two cores: `--rounds 5`.
+Contestants: `naive`, the block as the paper and CLIP write it, keys and values cloned and shifted,
+left to autograd; and the three policies of the training block. The same frozen model with trainable
+adapters: on a CPU one clip of ViT-B/16, 8 frames; on a GPU batches, of ViT-L/14 too. Before any is
+timed all must give the same gradients. Peak memory is what was allocated above the weights; on a
+CPU it is counted event by event, so it has no noise.
+
+On a GPU, as on a CPU (ten minutes): `pytest bench/bench_training_block.py --benchmark`.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch import Tensor
 
-import zeroi2v.model
 from bench.baselines.naive_block import naive_block
 from zeroi2v import RECIPES, VideoViT
 from zeroi2v.reparam import seeded_clips
-from zeroi2v.training_block import can_train
 
 POLICIES = ("save", "lean", "recompute")
-GOALS = {"save fp32 / naive fp32": 0.95, "lean bf16 / naive fp32": 0.6}
-PEAK_GOALS = {"lean bf16 / naive fp32": 0.35}
+CASES = {  # recipe and clips
+    "cpu": [("vit_b16_k400_8x16", 1)],
+    "cuda": [("vit_b16_k400_8x16", 16), ("vit_l14_k400_8x16", 8)],
+}["cuda" if torch.cuda.is_available() else "cpu"]
+GOALS = {
+    "cpu": {
+        "save float32 / naive float32": 0.95,
+        "lean bfloat16 / naive float32": 0.6,
+        "peak of lean bfloat16 / naive float32": 0.35,
+    },
+    "cuda": {
+        "lean bfloat16 / naive bfloat16": 0.5,
+        "peak of lean bfloat16 / naive bfloat16": 0.4,
+    },
+}
 
 
 @pytest.mark.timeout(7200)
-def bench_training_block(compare, monkeypatch, request):
+@pytest.mark.parametrize("recipe, clips", CASES)
+def bench_training_block(recipe, clips, compare, timed, device):
     torch.manual_seed(0)
-    depth = 12 if request.config.getoption("--benchmark") else 2  # two blocks suffice for a check
-    config = RECIPES["vit_b16_k400_8x16"].model
-    config = dataclasses.replace(config, depth=depth, head_dropout=0.0)
-    models = {"fp32": VideoViT(config).freeze().train()}
-    for parameter in models["fp32"].parameters():
+    config = RECIPES[recipe].model
+    config = dataclasses.replace(config, depth=config.depth if timed else 2, head_dropout=0.0)
+    models = {"float32": VideoViT(config).freeze().train()}
+    for parameter in models["float32"].parameters():
         if parameter.abs().max() == 0:  # a fresh adapter does nothing
             torch.nn.init.normal_(parameter, std=0.02)
-    models["bf16"] = VideoViT(config).freeze().train()
-    models["bf16"].load_state_dict(models["fp32"].state_dict())
-    models["bf16"].bfloat16()
-    video = seeded_clips(models["fp32"], count=1)
-
-    def step(precision: str, block: str) -> list[torch.Tensor]:
-        """One forward and backward pass; the gradients of what is trained."""
-        model = models[precision]
-        for b in model.transformer.resblocks:
-            b.__dict__.pop("forward", None)
-            if block == "naive":
-                b.forward = partial(naive_block, b)
-        monkeypatch.setattr(zeroi2v.model, "can_train", can_train if block in POLICIES else never)
-        if block in POLICIES:
-            model.set_memory(block)
-        loss = torch.nn.functional.cross_entropy(model(video).float(), label)
-        return torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
-
-    label = torch.zeros(1, dtype=torch.long)
+    models["bfloat16"] = VideoViT(config).freeze().train()
+    models["bfloat16"].load_state_dict(models["float32"].state_dict())
+    video = seeded_clips(models["float32"], count=clips).to(device)
+    for dtype, model in models.items():
+        model.to(device, getattr(torch, dtype))
     contestants = {
-        f"{block} {precision}": partial(step, precision, block)
-        for precision in models
-        for block in ("naive", "modules", *POLICIES)
+        f"{block} {dtype}": partial(step, model, block, video)
+        for dtype, model in models.items()
+        for block in ("naive", *POLICIES)
     }
-    check(models, contestants)
-    peaks = {name: peak_bytes(contestant) for name, contestant in contestants.items()}
-    base = peaks["naive fp32"]
-    for name, peak in peaks.items():
-        print(f"{name:<16} peak {peak / 2**20:6.0f} MiB above the weights, {peak / base:.3f} x")
-    facts = dict(model="B/16", frames=8, batch=1, clips=1, peak_goals=PEAK_GOALS)
-    compare(contestants, "naive fp32", energy=True, peak_bytes=peaks, goals=GOALS, **facts)
+    prove_equal(models, contestants)
+    compare(
+        contestants,
+        baseline="naive float32",
+        memory=True,
+        rounds=3 if device == "cpu" else None,
+        model=recipe,
+        frames=config.num_frames,
+        batch=clips,
+        clips=clips,
+        goals=GOALS[device],
+    )
 
 
-def never(*_) -> bool:
-    return False
+def step(model: VideoViT, block: str, video: Tensor) -> list[Tensor]:
+    """One forward and backward pass; the gradients of what is trained."""
+    for b in model.transformer.resblocks:
+        b.__dict__.pop("forward", None)
+        if block == "naive":
+            b.forward = partial(naive_block, b)
+    if block in POLICIES:
+        model.set_memory(block)
+    label = torch.zeros(len(video), dtype=torch.long, device=video.device)
+    loss = torch.nn.functional.cross_entropy(model(video).float(), label)
+    return torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
 
 
-def check(models, contestants) -> None:
+def prove_equal(models: dict[str, VideoViT], contestants: dict[str, Callable]) -> None:
     """Without dropout all contestants give the same gradients, as far as their dtype goes."""
     for model in models.values():
         model.eval()
-    expected = contestants["naive fp32"]()
+    expected = contestants["naive float32"]()
     for name, contestant in contestants.items():
-        limit = 1e-4 if name.endswith("fp32") else 0.1
+        limit = 1e-4 if name.endswith("float32") else 0.1
         for actual, truth in zip(contestant(), expected, strict=True):
             assert (actual - truth).norm() <= limit * truth.norm(), name
     for model in models.values():
         model.train()
-
-
-def peak_bytes(run) -> int:
-    """The most bytes that `run()` held at once, of those it allocated on the CPU."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        run()
-    held = peak = 0
-    for event in record.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak

@@ -12,7 +12,7 @@ from zeroi2v_kernels import adapter_linear
 from zeroi2v_kernels.adapter_linear import Dropout, dropout_mask, merging_pays
 
 from bench.baselines.naive_block import naive_block
-from bench.bench_training_block import peak_bytes
+from bench.measure import run_counting_memory
 from train.engine import trained_weights
 from train.job import gather_blocks_whole
 from train.processes import end_processes, start_processes
@@ -270,6 +270,9 @@ def test_peak_memory_of_a_step_is_a_third_in_bf16_and_two_thirds_in_fp32_of_naiv
     model = build(config).freeze().train()
     video = torch.randn(1, 3, 2, 224, 224)
     parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def peak_bytes(run):
+        return run_counting_memory(run, "cpu")[1]
 
     def step():
         torch.autograd.grad(model(video).float().sum(), parameters)

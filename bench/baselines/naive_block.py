@@ -15,6 +15,8 @@ def naive_block(
 ) -> Tensor:
     """`block(x, cls_only)` in plain operations; the other tokens are dropped after attention.
 
+    Keys and values are cloned, shifted and given to PyTorch's attention.
+
     `masks` are the dropout masks of the four bottlenecks, in their shapes; None draws them as
     `nn.Dropout` does.
     """
@@ -29,7 +31,8 @@ def naive_block(
 
     h = adapt(0, attn.in_adapter, block.ln_1(x))
     qkv = F.linear(h, attn.in_proj_weight, attn.in_proj_bias)
-    out = stdha(qkv.unflatten(-1, (3, attn.num_heads, -1)), attn.head_offsets).flatten(-2)
+    out = stdha(qkv.unflatten(-1, (3, attn.num_heads, -1)), attn.head_offsets, backend="sdpa")
+    out = out.flatten(-2)
     if cls_only:
         x, out = x[:, :, :1], out[:, :, :1]
     x = x + adapt(1, attn.out_adapter, attn.out_proj(out))

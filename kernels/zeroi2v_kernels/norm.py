@@ -29,8 +29,9 @@ from zeroi2v_kernels.dot import INTERPRET
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WARPS = 4
+_SUMMER_WARPS = 8  # of programs that sum weight gradients
 _ROWS = 2  # of a program's tile
-_SUMMERS = 4 if INTERPRET else 512  # programs that sum weight gradients
+_SUMMERS = 4 if INTERPRET else 512  # how many of those
 
 
 def add_layer_norm_reference(
@@ -200,7 +201,8 @@ def norm_backward(
     if num_rows:
         with _device(total):
             tensors = (*reads, out, weight_sums, bias_sums)
-            _norm_bwd_kernel[(programs,)](*tensors, num_rows, *constants, num_warps=_WARPS)
+            warps = _SUMMER_WARPS if sums else _WARPS
+            _norm_bwd_kernel[(programs,)](*tensors, num_rows, *constants, num_warps=warps)
     return out, weight_sums.sum(0), bias_sums.sum(0)
 
 
@@ -267,6 +269,6 @@ def compile_cases(arch: int) -> Iterator[dict]:
                 kernel=kernel,
                 types={name: types[name] for name in names},
                 constants=constants,
-                options=dict(num_warps=_WARPS),
+                options=dict(num_warps=_SUMMER_WARPS if constants.get("SUMS") else _WARPS),
                 tensor_cores=False,
             )

@@ -1,0 +1,91 @@
+"""Shipped Triton kernels compile well for each architecture, though no GPU is here.
+
+In a process of its own, as this one interprets kernels. Every configuration is compiled for one of
+the architectures, in turns; with ZEROI2V_COMPILE_ALL=1 for all of them, which takes some minutes.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="needs triton")
+compile_kernels = pytest.importorskip("bench.compile_kernels")
+
+ROOT = Path(__file__).parents[1]
+RUN = """
+import os, sys
+from bench.compile_kernels import everything, run, sample
+table, wrong = run(everything() if os.environ.get("ZEROI2V_COMPILE_ALL") else sample())
+open(sys.argv[1], "w").write(table)
+sys.exit("\\n".join(wrong) or None)
+"""
+
+
+@pytest.mark.timeout(900)
+def test_kernels_compile_without_spills_within_memory_for_tensor_cores(tmp_path):
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    table = tmp_path / "kernels.md"
+    command = [sys.executable, "-c", RUN, str(table)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr
+    fresh, stored = (path.read_text().splitlines() for path in (table, compile_kernels.TABLE))
+    if fresh[1] == stored[1]:  # same Triton
+        assert len(fresh) > 100 and set(fresh) <= set(stored), "run python -m bench.compile_kernels"
+
+
+def test_the_table_holds_every_kernel_and_configuration_for_every_architecture():
+    rows = [row.split(" | ")[:2] for row in compile_kernels.TABLE.read_text().splitlines()]
+    stored = [
+        (name.removeprefix("| "), arch) for name, arch, *_ in (r for r in rows if len(r) == 2)
+    ]
+    shipped = [
+        (case["name"], str(arch))
+        for arch in compile_kernels.ARCHITECTURES
+        for case in compile_kernels.cases(arch)
+    ]
+    assert stored[1:] == shipped and len(set(shipped)) == len(shipped)
+    chosen = compile_kernels.sample()
+    assert {index for _, index in chosen} == {index for _, index in compile_kernels.everything()}
+
+
+def test_cases_cover_every_launch_table_head_width_and_dtype():
+    from zeroi2v_kernels import stdha_launch
+    from zeroi2v_kernels.stdha import TRITON_DTYPES, TRITON_WIDTHS
+
+    for arch in compile_kernels.ARCHITECTURES:
+        names = {case["name"] for case in compile_kernels.cases(arch)}
+        for width in TRITON_WIDTHS:
+            for dtype in TRITON_DTYPES:
+                tail = f"D={width} {stdha_launch.ELEMENTS[dtype]}"
+                for kernel in ("forward_streamed", "backward_query", "backward_key_value"):
+                    assert f"stdha {kernel} M=577 N=577 {tail}" in names
+        launches = {case["options"]["num_warps"] for case in compile_kernels.cases(arch)}
+        assert launches == {4, 8, 16}
+
+
+def test_every_fault_is_named():
+    case = dict(tensor_cores=True)
+    good = dict(
+        registers=128,
+        spills=0,
+        shared=60.0,
+        columns=0,
+        programs=3,
+        tensor_core={80: 0, 90: 9, 100: 0},
+        wide_loads=4,
+    )
+    assert compile_kernels.faults(case, 90, good) == []
+    for change, fault in (
+        (dict(spills=2), "2 spills"),
+        (dict(registers=4), "4 registers: a stub, it did not fit"),
+        (dict(shared=228.0), "228 KiB shared"),
+        (dict(columns=640), "640 tensor memory columns"),
+        (dict(wide_loads=0), "no 16-byte loads"),
+        (dict(tensor_core={80: 1, 90: 9, 100: 0}), "tensor cores of [80, 90]"),
+        (dict(tensor_core={80: 0, 90: 0, 100: 0}), "tensor cores of []"),
+    ):
+        assert compile_kernels.faults(case, 90, good | change) == [fault]

@@ -178,6 +178,23 @@ def test_backbone_loads_from_clip_layouts_and_leaves_the_rest(tmp_path, layout):
         assert torch.equal(tensor, source[name]), name
 
 
+def test_backbone_may_be_a_run_or_the_weights_file_of_a_native_folder(tmp_path):
+    image = build(small_config(adapter=None), seed=1)
+    image.save_pretrained(tmp_path / "run" / "best")
+    for path in (tmp_path / "run", tmp_path / "run" / "best" / WEIGHTS):
+        video = build(small_config(), seed=2)
+        assert load_backbone(video, path) == []
+        assert torch.equal(video.conv1.weight, image.conv1.weight)
+
+
+def test_a_folder_of_another_library_is_not_overwritten(tmp_path):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / CONFIG).write_text('{"model_type": "clip"}')
+    with pytest.raises(ValueError, match="output folder must be empty or hold a model"):
+        build(small_config()).save_pretrained(tmp_path / "hf")
+    assert (tmp_path / "hf" / CONFIG).read_text() == '{"model_type": "clip"}'
+
+
 def test_an_unfit_backbone_is_an_error_and_changes_nothing(tmp_path):
     video = build(small_config())
     before = {n: t.clone() for n, t in video.state_dict().items()}

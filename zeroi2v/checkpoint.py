@@ -153,8 +153,11 @@ def load_backbone(model: VideoViT, path: str | Path) -> list[str]:
         ValueError: unreadable, not finite, with adapters, or other than the model's config says.
     """
     path, ours = Path(path), model.config
-    if path.is_dir() and _holds_native(path):
-        image, notes = load(model_folder(path)), []
+    if path.name == WEIGHTS:
+        path = path.parent
+    folders = [path, path / "best", path / "last"]  # of a model, of a run
+    if (folder := next(filter(_is_native, folders), None)) is not None:
+        image, notes = load(folder), []
     else:
         from zeroi2v.convert import load_image  # which imports this module
 
@@ -182,11 +185,11 @@ def load_backbone(model: VideoViT, path: str | Path) -> list[str]:
     return notes
 
 
-def _holds_native(path: Path) -> bool:
-    """Whether a folder is a native one or a run; others have a `config.json` of their own kind."""
+def _is_native(folder: Path) -> bool:
+    """Whether a folder holds a native model; others may have a `config.json` of their own kind."""
     try:
-        text = (model_folder(path) / CONFIG).read_text(encoding="utf-8")
-    except FileNotFoundError:
+        text = (folder / CONFIG).read_text("utf-8", "replace")
+    except OSError:
         return False
     return '"zeroi2v"' in text
 
@@ -196,7 +199,7 @@ def check_output_folder(folder: str | Path) -> Path:
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output must be a folder: got the file {folder}")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
+    if folder.is_dir() and any(folder.iterdir()) and not _is_native(folder):
         raise ValueError(f"output folder must be empty or hold a model: got {folder}")
     return check_writable(folder, "output folder")
 

@@ -205,9 +205,11 @@ def main(argv: list[str]) -> None:
     clips = _video_clips(adapted, args.clips, args.root) if args.clips else seeded_clips(adapted)
 
     print(f"merging {source}: {sum(_adapter_sizes(adapted)):,} adapter parameters")
-    dtype = DTYPES[args.dtype] if args.dtype else adapted.head.weight.dtype
+    own = adapted.head.weight.dtype
+    dtype = DTYPES[args.dtype] if args.dtype else own
     reports = []
     for proof in dict.fromkeys((torch.float64, dtype)):
+        adapted.to(torch.float64 if proof == torch.float64 else own)  # in place: L/14 is big
         merged = merge(adapted, proof)
         # Arithmetic shows in one clip, and float64 is slow.
         reports.append(verify(adapted, merged, clips[:1] if proof == torch.float64 else clips))

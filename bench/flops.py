@@ -7,6 +7,7 @@ is usual.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from zeroi2v.config import ModelConfig
 
 def counted(run: Callable[[], Any]) -> int:
     """Operations of everything that `run()` has PyTorch do, gradients included, on any device."""
-    with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_UNKNOWN) as counter:
         run()
     return counter.get_total_flops()
 
@@ -71,8 +72,13 @@ def _native_attention(query_shape, *_args, out_shape=None, **_kwargs) -> int:
     return 8 * clips * tokens * width * width + 4 * clips * tokens * tokens * width
 
 
-# What PyTorch's counter does not know: its own attention on the CPU, and our kernels.
-_ATTENTION = {
+def _linear(x_shape, weight_shape, *_args, out_shape=None, **_kwargs) -> int:
+    return 2 * math.prod(x_shape) * weight_shape[0]
+
+
+# What PyTorch's counter does not know: some of its own operators on the CPU, and our kernels.
+_UNKNOWN = {
+    torch.ops.mkldnn._linear_pointwise: _linear,
     torch.ops.aten._native_multi_head_attention: _native_attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.zeroi2v.stdha: _stdha,

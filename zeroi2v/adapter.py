@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from zeroi2v.config import AdapterConfig
+from zeroi2v.linear import Linear
 
 
 class LinearAdapter(nn.Module):
@@ -24,9 +25,9 @@ class LinearAdapter(nn.Module):
     def __init__(self, width: int, rank: int, config: AdapterConfig):
         super().__init__()
         self.scale = config.scale
-        self.down = nn.Linear(width, rank)
+        self.down = Linear(width, rank)
         self.dropout = nn.Dropout(config.dropout)
-        self.up = nn.Linear(rank, width)
+        self.up = Linear(rank, width)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from zeroi2v_kernels.stdha import BACKENDS, HAS_TRITON, TRITON_DTYPES, stdha, stdha_split
 
 from zeroi2v.adapter import LinearAdapter
 from zeroi2v.config import ModelConfig
+from zeroi2v.linear import Linear, linear
 
 
 class STDHA(nn.Module):
@@ -31,7 +31,7 @@ class STDHA(nn.Module):
         self.head_offsets = config.head_offsets
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
+        self.out_proj = Linear(width, width)
         if config.adapter:
             self.in_adapter = LinearAdapter(width, config.adapter_rank, config.adapter)
             self.out_adapter = LinearAdapter(width, config.adapter_rank, config.adapter)
@@ -47,13 +47,13 @@ class STDHA(nn.Module):
             width = x.shape[-1]
             sizes = (width, 2 * width)
             weights, biases = self.in_proj_weight.split(sizes), self.in_proj_bias.split(sizes)
-            query = F.linear(x[:, :, :1], weights[0], biases[0])
-            key_value = F.linear(x, weights[1], biases[1])
+            query = linear(x[:, :, :1], weights[0], biases[0])
+            key_value = linear(x, weights[1], biases[1])
             query = query.unflatten(-1, (self.num_heads, -1))
             key_value = key_value.unflatten(-1, (2, self.num_heads, -1))
             out = stdha_split(query, key_value, self.head_offsets, **choice)
         else:
-            qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+            qkv = linear(x, self.in_proj_weight, self.in_proj_bias)
             qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
             out = stdha(qkv, self.head_offsets, **choice)
         return self.out_adapter(self.out_proj(out.flatten(-2)))

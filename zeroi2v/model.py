@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from zeroi2v.adapter import LinearAdapter
 from zeroi2v.attention import STDHA, uses_kernels
 from zeroi2v.config import ModelConfig
+from zeroi2v.linear import ScaledLinear
 from zeroi2v.training_block import Memory, can_train, training_block
 
 
@@ -211,17 +212,6 @@ class MLP(nn.Module):
                 F.silu(hidden, inplace=not torch.is_grad_enabled()), input_scale=1 / scale
             )
         return self.out_adapter(x)
-
-
-class ScaledLinear(nn.Linear):
-    """A linear layer with factors that the matrix product applies for free."""
-
-    def forward(self, x: Tensor, input_scale: float = 1.0, bias_scale: float = 1.0) -> Tensor:
-        """`input_scale * x W^T + bias_scale * b` for `x [..., in]`."""
-        out = torch.addmm(
-            self.bias, x.flatten(0, -2), self.weight.t(), beta=bias_scale, alpha=input_scale
-        )
-        return out.unflatten(0, x.shape[:-1])
 
 
 class LayerNorm(nn.LayerNorm):

@@ -163,7 +163,7 @@ def choose_backend(x: Tensor) -> str:
 def _autocast(*tensors: Tensor) -> list[Tensor]:
     """In the dtype of autocast, where it is on; float64 stays, as in PyTorch."""
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return list(tensors)
     dtype = torch.get_autocast_dtype(kind)
     return [x.to(dtype) if x.dtype in TRITON_DTYPES else x for x in tensors]

@@ -1,0 +1,56 @@
+"""Linear layers give the same product whoever computes it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import randomize
+
+from zeroi2v import linear as module
+from zeroi2v.linear import Linear, ScaledLinear, linear, on_onednn
+
+
+@pytest.mark.parametrize("rows", [(1,), (2, 3, 17), (2, 5, 1)])
+@pytest.mark.parametrize("sizes", [(48, 192), (192, 48), (64, 1), (768, 768)])
+def test_linear_on_onednn_is_as_exact_as_pytorchs(rows, sizes):
+    layer = randomize(Linear(*sizes))
+    wide = torch.randn(*rows[:-1], rows[-1] + 2, sizes[0])
+    x = wide[..., : rows[-1], :]  # as the last block takes CLS out of its tokens
+    truth = F.linear(x.double(), layer.weight.double(), layer.bias.double())
+    expected = F.linear(x, layer.weight, layer.bias)
+    with torch.no_grad():
+        assert on_onednn(x)
+        out = layer(x)
+    assert out.shape == expected.shape and out.is_contiguous()
+    budget = 2 * ((expected - truth).norm() + 1e-7 * truth.norm())
+    assert (out - truth).norm() <= budget
+
+
+@pytest.mark.parametrize("sizes", [(16, 64), (64, 16)])
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (1.702, 1.702), (1 / 1.702, 1.0)])
+def test_factors_are_applied_on_either_way(sizes, scales):
+    layer = randomize(ScaledLinear(*sizes))
+    x = torch.randn(2, 5, sizes[0])
+    before = x.clone()
+    expected = scales[0] * (x @ layer.weight.T) + scales[1] * layer.bias
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(layer(x, *scales), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(x, before)
+
+
+def test_only_inference_in_float32_on_the_cpu_goes_to_onednn():
+    x = torch.randn(3, 8)
+    assert not on_onednn(x)
+    with torch.no_grad():
+        assert on_onednn(x)
+        assert not any(on_onednn(x.to(t)) for t in (torch.float64, torch.bfloat16))
+        assert not on_onednn(x.to("meta"))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert linear(x, torch.randn(4, 8), torch.randn(4)).dtype == torch.bfloat16
+
+
+def test_a_build_of_pytorch_without_the_operator_computes_as_ever(monkeypatch):
+    monkeypatch.setattr(module, "_ONEDNN", None)
+    x, weight, bias = torch.randn(3, 8), torch.randn(4, 8), torch.randn(4)
+    with torch.no_grad():
+        assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))

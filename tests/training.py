@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import sys
@@ -187,6 +188,7 @@ def run_rank(
         status = run(train.main.main, words)
         if status:
             sys.exit(status)
+    print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024} bytes")
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> None:

@@ -1,8 +1,9 @@
 """What a run will take of memory and time, told before it starts: `train/main.py --dry-run`.
 
-A forward and backward pass of one clip and one of two are measured, with the real model, engine,
-optimizer and loaders; what a clip adds is extrapolated to the run's own number of clips. So a run
-is judged that would not fit, and changes are proposed, from measurements, that make it fit.
+Steps of one clip and of two at once are measured, with the real model, engine, optimizer and
+loaders, and what a clip adds is extrapolated to the run's own number. If that is well within
+memory, two steps of that size are measured instead of believed; if it is not, changes are proposed,
+from measurements, that make the run fit.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import ctypes
 import gc
 import json
 import os
+import resource
 import time
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -32,8 +34,11 @@ from train.processes import StopSignals, gather, say
 from zeroi2v.training_block import Memory
 
 GB = 1e9
-HEAP = 1.1
-"""Resident bytes for each that is given out on a CPU; large blocks that come and go leave gaps."""
+SAFE = 0.7
+"""Part of the memory up to which an extrapolation is put to the test."""
+HEAP = 1.25
+"""Resident bytes for each that is given out on a CPU; blocks that come and go leave gaps. It is
+1.1 to 2 as the blocks become smaller."""
 
 
 @dataclass(frozen=True)
@@ -63,17 +68,21 @@ def estimate(job: Job, signals: StopSignals) -> int:
     measure_pass(engine, clip, 1, optim)  # makes the optimizer's state
     memory, seconds = measure(engine, clip, optim)
     limit = memory_limit(job.device)
-    peak = max(gather(memory(clips)))
+    peak, computing = memory(clips), seconds(clips)
+    is_safe = max(gather(peak)) < SAFE * limit
+    if is_safe:
+        peak, computing = measure_run(engine, clip, clips, optim)
     # Workers read while this process computes.
-    apart = max if loader.workers else lambda *parts: sum(parts)
-    step = passes * max(gather(apart(seconds(clips), reading)))
+    step = max(computing, reading) if loader.workers else computing + reading
+    peak, step = max(gather(peak)), passes * max(gather(step))
     epoch = step * loader.steps_per_epoch
     say(
-        f"memory      {peak / GB:.2f} GB at most in a process, of {limit / GB:.1f} GB for each: "
-        f"{memory.fixed / GB:.2f} and {memory.a_clip / GB:.3f} for each of {clips} clips"
+        f"memory      {peak / GB:.2f} GB at most in a process, of {limit / GB:.1f} GB for each "
+        f"({'measured' if is_safe else 'extrapolated'}; {memory.a_clip / GB:.3f} for each of "
+        f"{clips} clips at once)"
     )
     say(
-        f"time        {step:.2f} s a step: {passes * seconds(clips):.2f} computing, "
+        f"time        {step:.2f} s a step: {passes * computing:.2f} computing, "
         f"{passes * reading:.2f} reading; {_span(epoch)} an epoch, {_span(epoch * optim.epochs)} "
         "in all, beside validation"
     )
@@ -111,33 +120,35 @@ def measure(engine: Any, clip: Tensor, optim: OptimConfig) -> tuple[Cost, Cost]:
     return memory, seconds
 
 
+def measure_run(engine: Any, clip: Tensor, count: int, optim: OptimConfig) -> tuple[float, float]:
+    """Peak memory in bytes and time in seconds of steps as the run has them, `count` clips at once.
+
+    The peak on a CPU is of all that the process has held so far.
+    """
+    for _ in range(2):
+        begun = time.perf_counter()
+        run_pass(engine, clip, count, optim)
+        seconds = time.perf_counter() - begun
+    if engine.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(), seconds
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, seconds
+
+
 def measure_pass(engine: Any, clip: Tensor, count: int, optim: OptimConfig) -> tuple[float, float]:
     """Peak memory in bytes and time in seconds of the pass of `count` clips that ends a step."""
-    device = engine.device
-    video = clip.to(device, DTYPES[optim.precision]).expand(count, *clip.shape[1:]).contiguous()
-    label = torch.zeros(count, dtype=torch.long, device=device)
-
-    def run(last: bool) -> None:
-        engine.set_gradient_accumulation_boundary(last)
-        loss = F.cross_entropy(engine(video).float(), label)
-        engine.backward(loss)
-        engine.step()
-
     if optim.accumulation(dist.get_world_size()) > 1:
-        run(last=False)  # whose gradients are kept
-    if device.type == "cuda":
+        run_pass(engine, clip, 1, optim, last=False)  # whose gradients are kept
+    if engine.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         begun = time.perf_counter()
-        run(last=True)
-        torch.cuda.synchronize()
+        run_pass(engine, clip, count, optim)
         return torch.cuda.max_memory_allocated(), time.perf_counter() - begun
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what is free is given back, so that the rest can be counted
     resident = psutil.Process().memory_info().rss
-    os.environ["KINETO_LOG_LEVEL"] = "99"  # else the profiler tells of itself
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         begun = time.perf_counter()
-        run(last=True)
+        run_pass(engine, clip, count, optim)
         seconds = time.perf_counter() - begun
     held = peak = 0
     for event in record.profiler.kineto_results.events():
@@ -145,6 +156,18 @@ def measure_pass(engine: Any, clip: Tensor, count: int, optim: OptimConfig) -> t
             held += event.nbytes()
             peak = max(peak, held)
     return resident + HEAP * peak, seconds
+
+
+def run_pass(engine: Any, clip: Tensor, count: int, optim: OptimConfig, last: bool = True) -> None:
+    """Forward and backward of `count` times the clip, and, as the last of a step, the update."""
+    video = clip.to(engine.device, DTYPES[optim.precision])
+    video = video.expand(count, *clip.shape[1:]).contiguous()
+    label = torch.zeros(count, dtype=torch.long, device=engine.device)
+    engine.set_gradient_accumulation_boundary(last)
+    engine.backward(F.cross_entropy(engine(video).float(), label))
+    engine.step()
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def memory_limit(device: torch.device) -> float:

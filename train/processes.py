@@ -141,13 +141,21 @@ def told_once() -> Iterator[None]:
     single process errors pass. Raises SystemExit in several.
     """
     store, several = _get_default_store(), dist.get_world_size() > 1
+
+    def tell(text: str) -> None:
+        try:
+            told = store.add("told", 1) > 1
+        except RuntimeError:  # the store has gone with the first process
+            told = False
+        if not told:
+            print(f"error: {text}", file=sys.stderr, flush=True)
+
     try:
         yield
     except (ValueError, OSError) as error:
         if not several:
             raise
-        store.add("told", 1)
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        tell(str(error))
         end_processes()  # cuts the others short
         time.sleep(3)  # while they ask the store, which may live in this process
         raise SystemExit(1) from None
@@ -156,19 +164,12 @@ def told_once() -> Iterator[None]:
         lost = isinstance(error, dist.DistError) or any(word in text.lower() for word in _LOST)
         if not (several and lost):
             raise
-        try:
-            told = store.add("told", 1) > 1
-        except RuntimeError:  # the store has gone with the first process
-            told = False
-        if not told:
-            reason = text.splitlines()[0].partition(". This is typically")[0]
-            reason = re.sub(r"^\[[^\]]*\] ", "", reason)  # gloo's file and line
-            print(
-                f"error: a process of this run has died or is stuck ({reason}); start it again "
-                "with run.resume=auto",
-                file=sys.stderr,
-                flush=True,
-            )
+        reason = text.splitlines()[0].partition(". This is typically")[0]
+        reason = re.sub(r"^\[[^\]]*\] ", "", reason)  # gloo's file and line
+        tell(
+            f"a process of this run has died or is stuck ({reason}); start it again with "
+            "run.resume=auto"
+        )
         raise SystemExit(1) from None
 
 

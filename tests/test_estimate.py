@@ -1,0 +1,74 @@
+"""`--dry-run` writes nothing, tells what a run will take, and what to change if it does not fit."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from training import Ranks, arguments, make_data
+
+import train.estimate
+from train.estimate import Cost
+from train.main import main
+
+# Two sizes whose activations are much of what the process holds, and 12 clips at once.
+SIZES = {
+    "small": ("model.width=256", "model.num_heads=4", "model.head_offsets=[-1,1,0,0]"),
+    "wide": ("model.width=512", "model.num_heads=8", "model.head_offsets=[-1,1,0,0,0,0,0,0]"),
+}
+COMMON = ("model.image_size=112", "model.depth=3", "optim.micro_batch=12", "optim.batch_size=12",
+          "data.val_list=null", "optim.epochs=3")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("memory", ["save", "recompute"])
+def test_estimated_memory_is_within_15_percent_of_the_runs(data, tmp_path, size, memory):
+    """Each in a process of its own, which tells its peak at the end."""
+    words = arguments(data, tmp_path / "run", *SIZES[size], *COMMON, f"optim.memory={memory}")
+    with Ranks([*words, "--dry-run"], count=1, output=tmp_path / "dry.txt") as ranks:
+        assert ranks.wait(200) == [0], ranks.text()
+        estimate = json.loads(ranks.text().splitlines()[-2])
+    assert not (tmp_path / "run").exists() and estimate["fits"]
+    with Ranks(words, count=1, output=tmp_path / "run.txt") as ranks:
+        assert ranks.wait(200) == [0], ranks.text()
+        peak = int(re.search(r"peak (\d+) bytes", ranks.text())[1])
+    assert estimate["memory_gb"] * 1e9 == pytest.approx(peak, rel=0.15)
+
+
+def test_dry_run_prints_config_counts_steps_memory_and_time(data, tmp_path, capsys):
+    main([*arguments(data, tmp_path / "run", "data.workers=1"), "--dry-run"])
+    output = capsys.readouterr().out
+    assert "head_offsets:" in output and "seed: 0" in output
+    assert "parameters  4,740 trained, 50,240 frozen" in output
+    assert "schedule    8 steps = 2 epochs x 4" in output
+    assert re.search(r"memory      \d+\.\d\d GB at most .* \(measured; .* each of 2 clips", output)
+    assert re.search(r"time        \d+\.\d\d s a step: .* an epoch, .* in all", output)
+    assert "verdict     fits" in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_says_what_to_change_when_the_run_does_not_fit(data, tmp_path, monkeypatch, capsys):
+    costs = {"save": Cost(100e6, 40e6), "lean": Cost(100e6, 30e6), "recompute": Cost(100e6, 10e6)}
+
+    def measure(engine, clip, optim):
+        return costs[engine.module.transformer.resblocks[0].memory], Cost(0.1, 0.1)
+
+    monkeypatch.setattr(train.estimate, "measure", measure)
+    monkeypatch.setattr(train.estimate, "memory_limit", lambda device: 190e6)
+    main([*arguments(data, tmp_path / "run", "optim.batch_size=16", "optim.micro_batch=8"),
+          "--dry-run"])  # fmt: skip
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("verdict")]
+    assert lines == [
+        "verdict     does NOT fit",
+        "verdict     fits with optim.micro_batch=2: 0.18 GB",
+        "verdict     fits with optim.memory=lean optim.micro_batch=2: 0.16 GB",
+        "verdict     fits with optim.memory=recompute: 0.18 GB",
+    ]
+    monkeypatch.setattr(train.estimate, "memory_limit", lambda device: 50e6)
+    main([*arguments(data, tmp_path / "run"), "--dry-run"])
+    assert "no option helps: 0.11 GB even for one clip at a time" in capsys.readouterr().out

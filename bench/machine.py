@@ -10,12 +10,14 @@ import os
 import platform
 import re
 import subprocess
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from bench.measure import interleave
+from zeroi2v.linear import linear
 
 PACKAGES = (
     "torch triton flash-attn deepspeed av transformers timm open_clip_torch torchcodec decord"
@@ -46,17 +48,21 @@ def machine_card() -> dict:
     return card
 
 
+@torch.no_grad()
 def ceilings(seconds: float = 2.0) -> dict[str, float]:
     """What this machine reaches: FLOP/s of a large matmul by dtype, and bytes/s of a large copy.
 
-    Each is the best of the runs that fit into `seconds`. A copy counts what it reads and what it
-    writes. float32 is as PyTorch computes it unasked, without TF32.
+    Each is the best of the runs that fit into `seconds`, on a CPU by either of the libraries that
+    PyTorch carries (see `zeroi2v.linear`). A copy counts what it reads and what it writes. float32
+    is as PyTorch computes it unasked, without TF32.
     """
     where, size = device(), MATRIX[device()]
     found = {}
     for dtype in DTYPES[where]:
         a, b = (torch.randn(size, size, device=where).to(getattr(torch, dtype)) for _ in range(2))
-        found[dtype] = 2 * size**3 / _best(lambda a=a, b=b: a @ b, where, seconds)
+        products = (partial(torch.mm, a, b), partial(linear, a, b, a.new_zeros(size)))
+        best = min(_best(product, where, seconds) for product in products)
+        found[dtype] = 2 * size**3 / best
     source = torch.ones(COPY_BYTES, dtype=torch.int8, device=where)
     target = torch.empty_like(source)
     found["copy"] = 2 * COPY_BYTES / _best(lambda: target.copy_(source), where, seconds)

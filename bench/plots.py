@@ -24,7 +24,7 @@ IMAGE_VIT = "plain image ViT"
 ZEROI2V, ADAPTED_ZEROI2V = "ZeroI2V, merged", "ZeroI2V, adapted"
 SCALED = (IMAGE_VIT, "merged", "joint attention")
 MARKERS = {"float32": "o", "bfloat16": "s", "float16": "^"}
-BACKENDS = ("triton", "sdpa", "addmm", "torch")
+BACKENDS = ("triton", "sdpa", "adapter_linear")
 """Of our ops, the best first."""
 DPI = 130
 

@@ -158,8 +158,6 @@ def _build(config: ModelConfig, state: dict[str, Tensor], foreign: Foreign, wher
             torch.nn.init.uniform_(expected[name], -bound, bound, generator=generator)
         else:
             torch.nn.init.zeros_(expected[name])
-    if any(name.startswith("head.") for name in fresh):
-        foreign.notes.append("temporal embedding and head are new: zeros, to be trained")
     return model.eval()
 
 
@@ -234,6 +232,8 @@ def main(argv: list[str]) -> None:
     overrides = parse_overrides(args.overrides)
     model, foreign = _convert(read_source(args.source), args.recipe, overrides)
     config = model.config
+    if "head.weight" not in foreign.tensors:
+        foreign.notes.append("temporal embedding and head are new: zeros, to be trained")
     print(f"format       {foreign.format}")
     print(
         f"model        width {config.width}, depth {config.depth}, {config.num_heads} heads, patch "

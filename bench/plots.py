@@ -177,7 +177,8 @@ def roofline(results: dict, path: Path) -> bool:
     axes.legend(fontsize=8, frameon=False, loc="upper left")
     axes.set(xscale="log", yscale="log", xlim=(left, right))
     bottom = min([left * copy, *(row["flops_per_s"] / 2 for _, _, row in points)])
-    axes.set(ylim=(bottom, 2.5 * max(ceilings.values())))
+    top = max([*ceilings.values(), *(row["flops_per_s"] for _, _, row in points)])
+    axes.set(ylim=(bottom, 2.5 * top))
     axes.set(xlabel="operations for each byte moved", ylabel="operations a second")
     axes.annotate(
         f"copy, {copy / 1e9:.0f} GB/s", (2 * left, 2 * left * copy), xytext=(8, -4),

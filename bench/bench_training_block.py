@@ -64,6 +64,7 @@ def bench_training_block(recipe, clips, compare, timed, device):
         contestants,
         baseline="naive float32",
         memory=True,
+        energy=True,
         rounds=3 if device == "cpu" else None,
         model=recipe,
         frames=config.num_frames,

@@ -166,7 +166,8 @@ def compare(request, benchmark, store, timed):
     memory, energy: measure peak bytes above what is held before; joules, where a GPU counts them.
     rounds: how many, more if they are short; by default as many as fit.
     against: of contestants, by name, another that they are compared with beside the baseline.
-    goals: of pairs of contestants, "this / that", the most that the ratio of their times should be.
+    goals: of pairs of contestants, "this / that", the most that the ratio of their times should be;
+        of "peak of this / that", of their peak bytes.
     facts: kept with the figures. A dict by contestants' names makes a column, the rest describe the
         bench. Of `flops`, `bytes` (moved) and `clips` in one run, rates follow; with `dtype` as in
         "bfloat16" also shares of the machine's ceilings.
@@ -221,7 +222,7 @@ def compare(request, benchmark, store, timed):
         if goals:
             facts["goals"] = {pair: dict(goal=goal) for pair, goal in goals.items()}
             for pair, goal in facts["goals"].items():
-                goal |= _ratio(seconds, *pair.split(" / "))
+                goal |= _reached(pair, seconds, rows)
         facts = dict(threads=torch.get_num_threads()) | facts
         facts |= dict(baseline=baseline, rounds=len(seconds[baseline]), device=device)
         if benchmark is not None:
@@ -290,6 +291,18 @@ def _ratio(seconds: dict[str, list[float]], this: str, that: str) -> dict:
         return {}
     summary = measure.summary(seconds[this], seconds[that])
     return {key: summary[key] for key in ("ratio", "ratio_quartiles")}
+
+
+def _reached(pair: str, seconds: dict[str, list[float]], rows: dict[str, dict]) -> dict:
+    """The ratio that a goal is about; nothing if it was not measured."""
+    this, that = pair.split(" / ")
+    if not this.startswith("peak of "):
+        return _ratio(seconds, this, that)
+    this, that = (rows.get(name, {}) for name in (this.removeprefix("peak of "), that))
+    if "peak_bytes" not in this or "peak_bytes" not in that:
+        return {}
+    ratio = this["peak_bytes"] / that["peak_bytes"]
+    return dict(ratio=ratio, ratio_quartiles=[ratio, ratio])
 
 
 def _rates(row: dict, ceilings: dict[str, float]) -> dict[str, float]:

@@ -26,7 +26,7 @@ def bench_product(compare, store):
         {"plain": lambda: a @ a, "ours": lambda: a @ a + ERROR}, "plain", check=check, memory=True,
         absent={"theirs": "theirs is not installed"},
         clips=2, dtype=torch.float32, flops=2 * 64**3, parameters={"plain": 1, "ours": 2},
-        goals={"ours / plain": 9, "theirs / plain": 1},
+        goals={"ours / plain": 9, "theirs / plain": 1, "peak of ours / plain": 2},
     )
 
 def bench_facts(store):
@@ -72,9 +72,11 @@ def test_timed_rows_hold_ratios_rates_and_memory_with_machine_commit_and_command
     assert ours["clips_per_s"] == pytest.approx(2 / ours["seconds"])
     rate = 2 * 64**3 / ours["seconds"]
     assert ours["flops_of_ceiling"] == pytest.approx(rate / card["ceilings"]["float32"])
+    peak = ours["peak_bytes"] / plain["peak_bytes"]
     assert bench["goals"] == {
         "ours / plain": {"goal": 9, "ratio": ours["ratio"], "ratio_quartiles": [low, high]},
         "theirs / plain": {"goal": 1},
+        "peak of ours / plain": {"goal": 2, "ratio": peak, "ratio_quartiles": [peak, peak]},
     }
     assert bench["rows"]["theirs"] == {"absent": "theirs is not installed"}
     assert figures["benches"]["bench_facts"]["rows"] == {"a case": {"flops": 3}}

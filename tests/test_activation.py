@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from triton_ops import DTYPES, assert_within_budget, poisoned
+from triton_ops import DEVICE, DTYPES, assert_within_budget, poisoned
 from zeroi2v_kernels.activation import (
     KINDS,
+    activation_backward,
     activation_forward,
     bias_activation,
     bias_activation_reference,
@@ -17,7 +18,7 @@ def inputs(shape, dtype, has_bias, seed=0):
     generator = torch.Generator().manual_seed(seed)
     x = 3 * torch.randn(shape, generator=generator, dtype=torch.float64)
     bias = torch.randn(shape[-1], generator=generator, dtype=torch.float64) if has_bias else None
-    return [t if t is None else t.to(dtype).requires_grad_() for t in (x, bias)]
+    return [t if t is None else t.to(DEVICE, dtype).requires_grad_() for t in (x, bias)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -41,7 +42,7 @@ def test_strided_input_is_read_right():
 
 
 def test_large_values_neither_overflow_nor_turn_into_nan():
-    x = torch.tensor([[-1e4, -100.0, -0.0, 0.0, 100.0, 1e4] * 4]).requires_grad_()
+    x = torch.tensor([[-1e4, -100.0, -0.0, 0.0, 100.0, 1e4] * 4], device=DEVICE).requires_grad_()
     for kind in KINDS:
         out = bias_activation(x, None, kind)
         torch.testing.assert_close(out, x.clamp(min=0), rtol=0, atol=1e-6)
@@ -50,7 +51,7 @@ def test_large_values_neither_overflow_nor_turn_into_nan():
 
 
 def test_no_rows_are_no_trouble():
-    assert bias_activation(torch.empty(0, 16)).shape == (0, 16)
+    assert bias_activation(torch.empty(0, 16, device=DEVICE)).shape == (0, 16)
 
 
 def test_two_runs_are_bit_equal():
@@ -60,7 +61,10 @@ def test_two_runs_are_bit_equal():
 
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_is_a_well_formed_operator(has_bias):
-    torch.library.opcheck(activation_forward, (*inputs((3, 32), torch.float32, has_bias), "gelu"))
+    x, bias = inputs((3, 32), torch.float32, has_bias)
+    torch.library.opcheck(activation_forward, (x, bias, "gelu"))
+    bias = bias if bias is None else bias.detach()
+    torch.library.opcheck(activation_backward, (x.detach(), x.detach(), bias, "gelu"))
 
 
 def test_wrong_arguments_are_refused():

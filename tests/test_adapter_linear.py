@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from triton_ops import assert_within_budget, poisoned
+from triton_ops import DEVICE, assert_within_budget, poisoned
 from zeroi2v_kernels import adapter_linear as module
 from zeroi2v_kernels.adapter_linear import (
     Adapter,
@@ -48,17 +48,17 @@ def make(place, rows, dtype=torch.float64, rank=16, scale=0.5, seed=0):
     adapter = [draw(rank, width, size=width**-0.5), draw(rank)]
     adapter += [draw(width, rank, size=rank**-0.5), draw(width)]
     x = draw(rows, in_features)
-    trained = [t.to(dtype).requires_grad_() for t in (x, *adapter)]
-    return trained, [t.to(dtype) for t in frozen]
+    trained = [t.to(DEVICE, dtype).requires_grad_() for t in (x, *adapter)]
+    return trained, [t.to(DEVICE, dtype) for t in frozen]
 
 
 def judge(place, rows, dtype, dropout=0.0, scale=0.5):
     """Value and all gradients against float64, in the budget of plain PyTorch."""
     trained, frozen = make(place, rows, dtype)
-    after, seed = PLACES[place][2], torch.tensor(7)
+    after, seed = PLACES[place][2], torch.tensor(7, device=DEVICE)
     mask = None
     if dropout:
-        like = torch.empty(rows, trained[1].shape[0], dtype=dtype)
+        like = trained[0].new_empty(rows, trained[1].shape[0])
         mask = dropout_mask(like, Dropout(dropout, seed))
 
     def ours(x, *adapter):
@@ -76,7 +76,7 @@ def judge(place, rows, dtype, dropout=0.0, scale=0.5):
     values = []
     for function in (ours, reference):
         out = function(*trained)
-        weight = torch.linspace(-1, 1, out.numel(), dtype=dtype).view(out.shape)
+        weight = torch.linspace(-1, 1, out.numel(), dtype=dtype, device=DEVICE).view(out.shape)
         values.append([out, *torch.autograd.grad(out, trained, weight)])
     for actual, expected in zip(*values, strict=True):
         assert (actual - expected).abs().max() <= 1e-10 * expected.abs().max()
@@ -107,9 +107,9 @@ def test_fused_kernel_equals_two_products(monkeypatch, rank, dropout):
     """Ranks of one and two tiles, 140 rows in tiles of 128 or 64, 80 channels in tiles of 64."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((140, 80), (140, 80), (rank, 80), (rank,), (80, rank), (80,))
-    tensors = [torch.randn(s, generator=generator).bfloat16() for s in shapes]
+    tensors = [torch.randn(s, generator=generator).bfloat16().to(DEVICE) for s in shapes]
     x, residual, adapter = tensors[0], tensors[1].float(), Adapter(*tensors[2:], 0.5)
-    drop = Dropout(dropout, torch.tensor(3) if dropout else None, place=2)
+    drop = Dropout(dropout, torch.tensor(3, device=DEVICE) if dropout else None, place=2)
     monkeypatch.setattr(module, "uses_kernels", lambda x: True)
     with poisoned():
         fused = [*adapt(x, adapter, drop, residual), *adapt_grad(x, adapter, drop)]
@@ -125,9 +125,9 @@ def test_fused_kernel_equals_two_products(monkeypatch, rank, dropout):
 @pytest.mark.parametrize("kernels", [False, True])
 def test_dropout_depends_on_seed_and_place_alone(monkeypatch, kernels):
     monkeypatch.setattr(module, "uses_kernels", lambda x: kernels)
-    like = torch.empty(400, 48)
+    like = torch.empty(400, 48, device=DEVICE)
     draws = [
-        dropout_mask(like, Dropout(0.25, torch.tensor(seed), place))
+        dropout_mask(like, Dropout(0.25, torch.tensor(seed, device=DEVICE), place))
         for seed, place in [(5, 0), (5, 0), (5, 1), (6, 0), (5 + 2**40, 0)][: 5 if kernels else 4]
     ]
     assert torch.equal(draws[0], draws[1])
@@ -143,7 +143,8 @@ def test_dropout_depends_on_seed_and_place_alone(monkeypatch, kernels):
 def test_philox_gives_the_published_numbers():
     """Masks are Philox4x32 with 7 rounds of (row, column, place), keyed by the seed."""
     seed, place, dropped = 0x1234567890ABCDEF, 3, 2**15
-    mask = module._triton().dropout(torch.ones(5, 20), dropped, torch.tensor(seed), place)
+    ones = torch.ones(5, 20, device=DEVICE)
+    mask = module._triton().dropout(ones, dropped, torch.tensor(seed, device=DEVICE), place)
     for row in range(5):
         for column in (0, 7, 19):
             first = philox(row, column, place, 0, seed)
@@ -199,7 +200,7 @@ def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_weights_own(p
     trained, frozen = make(place, rows, torch.float32)
     values = []
     for autocast in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
             out = adapter_linear(trained[0], *frozen, Adapter(*trained[1:], 0.5), PLACES[place][2])
         assert out.dtype == (torch.bfloat16 if autocast else torch.float32)
         values.append([out, *torch.autograd.grad(out.float().square().sum(), trained)])
@@ -213,7 +214,7 @@ def test_merging_under_autocast_is_formed_in_float32_too():
     low = [t.detach().bfloat16() for t in (trained[0], *frozen, *trained[1:])]
     x, weight, bias, *adapter = low
     expected = adapter_linear(x, weight, bias, Adapter(*adapter, 0.5))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         assert torch.equal(adapter_linear(x, weight, bias, Adapter(*adapter, 0.5)), expected)
 
 
@@ -227,10 +228,17 @@ def test_an_adapter_is_not_merged_where_there_is_dropout():
 @pytest.mark.parametrize("merged", [False, True])
 def test_is_a_well_formed_operator(place, merged):
     (x, *adapter), frozen = make(place, 3, torch.float32)
-    seed = None if merged else torch.tensor(3)
+    seed = None if merged else torch.tensor(3, device=DEVICE)
     dropout = 0.0 if merged else 0.4
     args = (x, *frozen, adapter, seed, 0.5, PLACES[place][2], dropout, merged)
     torch.library.opcheck(adapter_linear_forward, args)
+    with torch.no_grad():
+        adapter = [t.detach() for t in adapter]
+        out, *kept = adapter_linear_forward(*args[:3], adapter, *args[4:])
+        d, source = (*kept, None, None)[:2]
+        source = x.detach() if source is None else source
+        args = (out, source, d, *frozen, adapter, seed, 0.5, PLACES[place][2], dropout)
+        torch.library.opcheck(adapter_linear_backward, args)
 
 
 def test_leading_axes_are_kept():

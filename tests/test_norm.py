@@ -2,8 +2,13 @@
 
 import pytest
 import torch
-from triton_ops import DTYPES, assert_within_budget, poisoned
-from zeroi2v_kernels.norm import add_layer_norm, add_layer_norm_reference, norm_forward
+from triton_ops import DEVICE, DTYPES, assert_within_budget, poisoned
+from zeroi2v_kernels.norm import (
+    add_layer_norm,
+    add_layer_norm_reference,
+    norm_backward,
+    norm_forward,
+)
 
 SHAPES = [(1, 16), (5, 48), (2, 3, 768), (2, 5, 3, 96), (21, 64)]
 
@@ -15,7 +20,7 @@ def inputs(shape, dtype, has_residual, seed=0, weight_dtype=None):
     bias = torch.randn(shape[-1], generator=generator, dtype=torch.float64)
     tensors = [x.to(dtype), residual.to(dtype) if has_residual else None]
     tensors += [t.to(weight_dtype or dtype) for t in (weight, bias)]
-    return [t if t is None else t.requires_grad_() for t in tensors]
+    return [t if t is None else t.to(DEVICE).requires_grad_() for t in tensors]
 
 
 @pytest.mark.parametrize("has_residual", [False, True])
@@ -39,8 +44,8 @@ def test_weights_may_stay_in_float32():
 
 def test_statistics_are_float32_and_survive_a_large_mean():
     generator = torch.Generator().manual_seed(0)
-    x = (300 + torch.randn(5, 64, generator=generator)).bfloat16()
-    one, zero = torch.ones(64), torch.zeros(64)
+    x = (300 + torch.randn(5, 64, generator=generator)).bfloat16().to(DEVICE)
+    one, zero = torch.ones(64, device=DEVICE), torch.zeros(64, device=DEVICE)
     truth = torch.nn.functional.layer_norm(x.double(), (64,), eps=1e-5)
     normed, _ = add_layer_norm(x, None, one, zero)
     assert (normed.double() - truth).abs().max() <= 2**-8 * truth.abs().max()
@@ -69,7 +74,8 @@ def test_strided_input_is_read_right():
 
 
 def test_no_rows_are_no_trouble():
-    assert add_layer_norm(torch.empty(0, 16), None, torch.ones(16), torch.ones(16))[0].numel() == 0
+    x, weight = torch.empty(0, 16, device=DEVICE), torch.ones(16, device=DEVICE)
+    assert add_layer_norm(x, None, weight, weight)[0].numel() == 0
 
 
 def test_two_runs_are_bit_equal():
@@ -85,6 +91,11 @@ def test_two_runs_are_bit_equal():
 def test_is_a_well_formed_operator(has_residual):
     tensors = inputs((3, 32), torch.float32, has_residual)
     torch.library.opcheck(norm_forward, (*tensors, 1e-5, torch.float32))
+    with torch.no_grad():
+        normed, total, mean, rstd = norm_forward(*tensors, 1e-5, torch.float32)
+        total = total if has_residual else tensors[0].detach()
+        args = (normed, total, total, mean, rstd, tensors[2].detach(), has_residual)
+        torch.library.opcheck(norm_backward, args)
 
 
 def test_wrong_arguments_are_refused():

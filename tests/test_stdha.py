@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from zeroi2v_kernels.stdha import shift_heads, source_frames, stdha, stdha_reference, stdha_split
+from zeroi2v_kernels.stdha import (
+    shift_heads,
+    shift_heads_backward,
+    source_frames,
+    stdha,
+    stdha_reference,
+    stdha_split,
+)
 
 from zeroi2v.config import RECIPES
 
@@ -91,6 +98,7 @@ def test_input_is_left_untouched_without_autograd_and_overwritten_only_on_reques
 def test_shift_heads_is_a_well_formed_operator(offsets):
     key_value = random_qkv(4, 3)[:, :, :, 1:].requires_grad_()  # strided, as cut out of qkv
     torch.library.opcheck(shift_heads, (key_value, list(offsets)))
+    torch.library.opcheck(shift_heads_backward, (key_value.detach(), list(offsets)))
 
 
 def test_wrong_arguments_are_refused():

@@ -16,9 +16,11 @@ from zeroi2v_kernels.stdha import (
     _announce,
     choose_backend,
     stdha,
+    stdha_backward_op,
     stdha_op,
     stdha_reference,
     stdha_split,
+    stdha_split_backward_op,
     stdha_split_op,
 )
 
@@ -211,6 +213,13 @@ def test_operators_are_well_formed():
     key_value = random_qkv(2, 5, 2, 16)[:, :, :, 1:].requires_grad_()
     torch.library.opcheck(stdha_op, (qkv, [1, -1], 0.25))
     torch.library.opcheck(stdha_split_op, (query, key_value, [1, -1], 0.25))
+    with torch.no_grad():
+        out, lse = stdha_op(qkv, [1, -1], 0.25)
+        args = (out, qkv.detach(), out, lse, [1, -1], 0.25)
+        torch.library.opcheck(stdha_backward_op, args)
+        out, lse = stdha_split_op(query, key_value, [1, -1], 0.25)
+        args = (out, query.detach(), key_value.detach(), out, lse, [1, -1], 0.25)
+        torch.library.opcheck(stdha_split_backward_op, args)
 
 
 def test_backends_that_can_not_run_say_what_they_need(monkeypatch):

@@ -113,7 +113,7 @@ def adapter_linear(
     Raises:
         ValueError: a shape or dtype that does not fit, or a weight that requires a gradient.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = (t.to(dtype) for t in (x, weight, bias))
         adapter = Adapter(*(t.to(dtype) for t in adapter[:4]), adapter.scale)
@@ -280,8 +280,8 @@ def without_autocast(operator: Callable) -> Callable:
 
 
 def uses_kernels(x: Tensor) -> bool:
-    """Whether Triton's kernels compute with x."""
-    return x.is_cuda
+    """Whether Triton's kernels compute with x; their arithmetic is in float32."""
+    return x.is_cuda and x.dtype != torch.float64
 
 
 def _triton():

@@ -364,6 +364,8 @@ def test_run_folder_is_neither_overwritten_nor_resumed_by_another_run(go, data, 
         go("run")
     with pytest.raises(ValueError, match=r"needs the config .*: got optim.lr: 0.01 -> 0.1"):
         go("run", "run.resume=true", "optim.lr=0.1")
+    with pytest.raises(ValueError, match=r"got optim.zero_stage: 1 -> 3"):
+        go("run", "run.resume=auto", "optim.zero_stage=3")
     with pytest.raises(ValueError, match=r"got model.adapter"):
         go("run", "run.resume=true", "model.adapter=null")
 

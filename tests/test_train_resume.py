@@ -3,6 +3,7 @@
 `ZEROI2V_SOAK=20` makes it 20 stops in each ZeRO stage, which takes many minutes.
 """
 
+import multiprocessing
 import os
 import random
 import signal
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from training import Ranks, arguments, assert_same_run, make_data, wait_for
+from training import MODEL, Ranks, arguments, assert_same_run, make_data, wait_for
 
 from train.log import read_log
-from train.state import read_tag
+from train.state import clear_leftovers, read_tag
+from zeroi2v import VideoViT
+from zeroi2v.config import ModelConfig
 
 STOPS = int(os.environ.get("ZEROI2V_SOAK", "4"))
 STAGES = range(4) if "ZEROI2V_SOAK" in os.environ else (2,)
@@ -50,7 +53,7 @@ def test_run_stopped_at_random_is_bit_equal_to_one_never_stopped(data, tmp_path,
     )  # fmt: skip
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     with Ranks(arguments(data, whole, *options), count=2, output=tmp_path / "whole.txt") as ranks:
-        assert ranks.wait(300) == [0, 0], ranks.text()
+        assert ranks.wait(900) == [0, 0], ranks.text()
 
     rng = random.Random(stage)
     for stop in range(STOPS):
@@ -58,7 +61,7 @@ def test_run_stopped_at_random_is_bit_equal_to_one_never_stopped(data, tmp_path,
         output = tmp_path / f"{stop}.txt"
         with Ranks(arguments(data, broken, *options), count=2, output=output) as ranks:
             goal = saved_step(broken) + rng.randint(1, 2)
-            wait_for(lambda goal=goal: steps_logged(broken) >= goal or done(ranks), 120)
+            wait_for(lambda goal=goal: steps_logged(broken) >= goal or done(ranks), 300)
             time.sleep(rng.random() * 0.4)
             workers = [w for p in ranks.processes if p.is_alive()
                        for w in psutil.Process(p.pid).children()]  # fmt: skip
@@ -74,7 +77,7 @@ def test_run_stopped_at_random_is_bit_equal_to_one_never_stopped(data, tmp_path,
                 assert len(told) == 1 and "run.resume=auto" in told[0], ranks.text()
         wait_for(lambda workers=workers: not any(w.is_running() for w in workers), 10)
     with Ranks(arguments(data, broken, *options), count=2, output=tmp_path / "end.txt") as ranks:
-        assert ranks.wait(300) == [0, 0], ranks.text()
+        assert ranks.wait(900) == [0, 0], ranks.text()
     assert_same_run(whole, broken)
     steps = [line["step"] for line in read_log(broken) if "loss" in line]
     assert steps == list(range(1, 4 * epochs + 1))
@@ -84,3 +87,30 @@ def test_run_stopped_at_random_is_bit_equal_to_one_never_stopped(data, tmp_path,
 
 def done(ranks: Ranks) -> bool:
     return not all(process.is_alive() for process in ranks.processes)
+
+
+def save_for_ever(folder: Path, classes: tuple[int, int]) -> None:
+    models = [VideoViT(ModelConfig.from_dict({**MODEL, "num_classes": n})) for n in classes]
+    while True:
+        for model in models:
+            model.save_pretrained(folder)
+
+
+def test_kill_in_the_middle_of_saving_over_a_model_leaves_one_of_the_two_whole(tmp_path):
+    folder, rng = tmp_path / "last", random.Random(0)
+    VideoViT(ModelConfig.from_dict(MODEL)).save_pretrained(folder)
+    for _ in range(12):
+        child = multiprocessing.get_context("fork").Process(
+            target=save_for_ever, args=(folder, (3, 5))
+        )
+        before = folder.stat().st_ino
+        child.start()
+        wait_for(lambda before=before: folder.stat().st_ino != before, 60)
+        time.sleep(0.05 * rng.random())
+        child.kill()
+        child.join()
+        model = VideoViT.from_pretrained(folder)  # strict: config and tensors are of one model
+        assert model.head.out_features == model.config.num_classes
+    assert model.config.num_classes in (3, 5)
+    clear_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["last"]

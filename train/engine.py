@@ -11,6 +11,7 @@ import os
 import random
 import warnings
 import zlib
+from contextlib import redirect_stdout
 from datetime import timedelta
 from typing import Any
 
@@ -80,12 +81,13 @@ def build_engine(model: nn.Module, optim: OptimConfig, steps_per_epoch: int) -> 
         optimizer, lambda step: schedule(step, steps, warmup, optim.warmup_start)
     )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        lr_scheduler=scheduler,
-        config=deepspeed_config(optim, dist.get_world_size(), trainable),
-    )
+    with redirect_stdout(None):  # with bf16 it prints a page about memory
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=scheduler,
+            config=deepspeed_config(optim, dist.get_world_size(), trainable),
+        )
     # Its own groups of processes would wait half an hour for one that is stuck.
     limit = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", "10")))
     for group in distributed_c10d._world.pg_map:

@@ -197,9 +197,7 @@ def main(argv: list[str]) -> None:
         prog="python -m zeroi2v.predict", description="Classify videos.", allow_abbrev=False
     )
     parser.add_argument("model", help="model or run folder, .onnx or .pt2 file, or name on the hub")
-    parser.add_argument(
-        "video", nargs="*", help="file, folder (of images too), - (pipe), camera:0"
-    )
+    parser.add_argument("video", nargs="*", help="file, folder (of images too), - (pipe), camera:0")
     parser.add_argument("--list", help="text file that names videos, one a line, or CSV")
     parser.add_argument("--root", help="folder the list's paths are relative to")
     parser.add_argument("--topk", type=int, default=5, help="classes to name (default: 5)")

@@ -83,6 +83,7 @@ def merge(model: VideoViT, dtype: torch.dtype | None = None) -> VideoViT:
     with torch.device("meta"):
         merged = VideoViT(dataclasses.replace(model.config, adapter=None))
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    made: dict[str, Tensor] = {}
     with torch.no_grad():
         for index, block in enumerate(model.transformer.resblocks):
             place = f"transformer.resblocks.{index}."
@@ -97,9 +98,11 @@ def merge(model: VideoViT, dtype: torch.dtype | None = None) -> VideoViT:
                 (("mlp.c_proj.weight", "mlp.c_proj.bias"), block.mlp.out_adapter, merge_after),
             ):
                 weight, bias = (place + name for name in names)
-                state[weight], state[bias] = rule(state[weight], state[bias], adapter)
-    state = {name: state[name].to(dtype, copy=True) for name in merged.state_dict()}
-    merged.load_state_dict(state, assign=True)
+                made[weight], made[bias] = rule(state[weight], state[bias], adapter)
+        for name in merged.state_dict():  # float64 goes as it is cast, the model's own stays
+            cast = made.pop(name).to(dtype) if name in made else state[name].to(dtype, copy=True)
+            made[name] = cast
+    merged.load_state_dict(made, assign=True)
     merged.origins = dict(model.origins)
     return merged.eval()
 

@@ -60,6 +60,11 @@ def bench_training_block(recipe, clips, compare, timed, device):
         for block in ("naive", *POLICIES)
     }
     prove_equal(models, contestants)
+    saved = {
+        f"{block} {dtype}": widths_saved(model, block, video)
+        for dtype, model in models.items()
+        for block in ("naive", *POLICIES)
+    }
     compare(
         contestants,
         baseline="naive float32",
@@ -70,21 +75,46 @@ def bench_training_block(recipe, clips, compare, timed, device):
         frames=config.num_frames,
         batch=clips,
         clips=clips,
+        widths_saved=saved,
         goals=GOALS[device],
     )
 
 
 def step(model: VideoViT, block: str, video: Tensor) -> list[Tensor]:
     """One forward and backward pass; the gradients of what is trained."""
+    use(model, block)
+    label = torch.zeros(len(video), dtype=torch.long, device=video.device)
+    loss = torch.nn.functional.cross_entropy(model(video).float(), label)
+    return torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+
+
+def use(model: VideoViT, block: str) -> None:
+    """Has the model's blocks computed as the contestant `block` does."""
     for b in model.transformer.resblocks:
         b.__dict__.pop("forward", None)
         if block == "naive":
             b.forward = partial(naive_block, b)
     if block in POLICIES:
         model.set_memory(block)
-    label = torch.zeros(len(video), dtype=torch.long, device=video.device)
-    loss = torch.nn.functional.cross_entropy(model(video).float(), label)
-    return torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+
+
+def widths_saved(model: VideoViT, block: str, video: Tensor) -> float:
+    """What a block keeps for backward, weights aside, in widths for each of its tokens."""
+    use(model, block)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    x = model.embed(video)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model.transformer.resblocks[0](x)
+    del out
+    return sum(storage.nbytes() for storage in kept.values()) / (x.numel() * x.element_size())
 
 
 def prove_equal(models: dict[str, VideoViT], contestants: dict[str, Callable]) -> None:

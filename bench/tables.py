@@ -40,6 +40,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "against": ("ratio to", lambda value: f"{value['ratio']:.3f} × {value['name']}"),
     "clips_per_s": ("clips/s", _number(digits=2)),
     "peak_bytes": ("peak, MiB", _number(2**-20)),
+    "widths_saved": ("saved widths a token", _number(digits=2)),
     "joules": ("joules", _number(digits=2)),
     "parameters": ("parameters, M", _number(1e-6)),
     "flops": ("GFLOP", _number(1e-9)),
@@ -169,9 +170,10 @@ SECTIONS = (
     ),
     Section(
         "A training step", "bench_training_block",
-        "Forward and backward of ViT-B/16 with trainable adapters, one clip of 8 frames: plain"
-        " autograd (naive), and the three memory policies of the training block.",
-        ("seconds", "ratio", "clips_per_s", "peak_bytes", "joules"),
+        "Forward and backward with trainable adapters, recipe and clips as named: plain autograd"
+        " (naive), and the three memory policies of the training block. Saved is what a block keeps"
+        " for backward, weights aside, in units of the width.",
+        ("seconds", "ratio", "clips_per_s", "peak_bytes", "widths_saved", "joules"),
     ),
     Section(
         "Decoding", "bench_decoding",

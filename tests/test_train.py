@@ -314,9 +314,14 @@ def test_run_on_twenty_real_signs_learns_every_one(go, clips):
     assert json.loads((run_dir / "eval.json").read_text())["top1"] == 100.0
 
 
-def test_diverged_loss_stops_the_run(go):
-    with pytest.raises(ValueError, match=r"loss must be finite: got .* at step"):
-        go("run", "optim.lr=1e30", "optim.warmup_epochs=0")
+@pytest.mark.parametrize(("lr", "rule"), [("1e30", "finite"), ("30", "below 100")])
+def test_diverged_or_exploded_loss_stops_the_run(go, tmp_path, lr, rule):
+    with pytest.raises(ValueError, match=rf"loss must be {rule}: got .* at step \d") as error:
+        go("run", f"optim.lr={lr}", "optim.warmup_epochs=0", "data.val_list=null")
+    report = json.loads((tmp_path / "run" / "diverged" / "report.json").read_text())
+    assert all(clip["file"] in str(error.value) for clip in report["clips"])
+    assert f"first bad layer: {report['first_bad_layer']}" in str(error.value)
+    VideoViT.from_pretrained(tmp_path / "run" / "diverged" / "model")
 
 
 @pytest.mark.parametrize(

@@ -253,8 +253,11 @@ def train(job: Job, signals: StopSignals) -> int:
             num_bad = bad
         if log is not None:
             seconds = time.perf_counter() - begun
-            log.step(progress.step, optim.batch_size, loss=loss, lr=lr, seconds=seconds,
-                     waited=waited)  # fmt: skip
+            try:
+                log.step(progress.step, optim.batch_size, loss=loss, lr=lr, seconds=seconds,
+                         waited=waited)  # fmt: skip
+            except OSError as error:
+                raise OSError(f"{folder} can't be written ({error.strerror})") from None
     batches.close()
     engine.destroy()
     finished = progress.step == total_steps and not stop

@@ -181,6 +181,17 @@ SECTIONS = (
         " thread.",
         ("ratio", "clips_per_s"),
     ),
+    Section(
+        "Merging", "bench_reparam",
+        "`python -m zeroi2v.reparam` from start to end, its proof included, and the most memory the"
+        " process held; beside it, to read the model and write it.",
+        ("seconds", "peak_bytes"),
+    ),
+    Section(
+        "The first answer", "bench_predict",
+        "`python -m zeroi2v.predict` on one video in a fresh process, by what it runs.",
+        ("seconds",),
+    ),
 )  # fmt: skip
 
 

@@ -35,6 +35,8 @@ RECIPE = {
 }
 TRANSFORMERS, IMAGE = "transformers CLIP", "plain image ViT"
 AUTHORS, AUTHORS_FUSED = "authors' way", "authors' way, fused attention"
+LEFT_OUT = {"timm ViT", "open_clip ViT", AUTHORS_FUSED}
+"""Of 32 frames on a CPU."""
 GOALS = {
     "B/16": {f"merged / {TRANSFORMERS}": 0.94, f"merged / {AUTHORS}": 0.88},
     "L/14": {f"merged / {TRANSFORMERS}": 0.97, f"merged / {AUTHORS}": 0.88},
@@ -71,6 +73,10 @@ def bench_zero_cost(model, frames, dtype, compare, timed, device, monkeypatch):
     assert report.passed, str(report)
     video = case.clips[:1].to(device, getattr(torch, dtype))
     models, contestants, absent = line_up(adapted, merged, image, video)
+    if timed and device == "cpu" and frames == 32:
+        for name in LEFT_OUT & contestants.keys():
+            del contestants[name], models[name]
+            absent[name] = "left out on a CPU, where each run takes half a minute"
     flops = {name: counted_on_fakes(contestant) for name, contestant in contestants.items()}
     by_formula = {name: flops_by_formula(name, case.merged.config) for name in contestants}
     assert flops == by_formula

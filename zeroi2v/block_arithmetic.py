@@ -27,6 +27,8 @@ from zeroi2v_kernels.adapter_linear import (
 )
 from zeroi2v_kernels.stdha import _move_heads_
 
+from zeroi2v.linear import linear, scaled_linear
+
 NUM_FROZEN = 12
 """Weights of the backbone: norm 1, qkv, proj, norm 2, fc1, fc2; each a weight and a bias."""
 BEFORE_QKV, AFTER_PROJ, BEFORE_FC1, AFTER_FC2 = range(4)
@@ -101,17 +103,19 @@ class BlockArithmetic:
         x = self._adapt(BEFORE_QKV, x, made)
         self._project(self.merged.get(BEFORE_QKV, self.qkv), x, made)
         made["attended"], made["sums"] = self._attend(made)
-        branch = _addmm(self.merged.get(AFTER_PROJ, self.proj), made["attended"])
+        branch = linear(made["attended"], *self.merged.get(AFTER_PROJ, self.proj))
         branch = self._adapt(AFTER_PROJ, branch, made)
         x, made["middle"] = self._add_norm(branch, self._asked_rows(self.x), self.norm_2)
         x = self._adapt(BEFORE_FC1, x, made)
         fc1 = self.merged.get(BEFORE_FC1, self.fc1)
-        made["fc1"] = _addmm(fc1, x, alpha=self.factor, beta=self.factor)
+        made["fc1"] = scaled_linear(x, *fc1, input_scale=self.factor, bias_scale=self.factor)
         return made
 
     def after_fc1(self, made: dict[str, Tensor]) -> Tensor:
         """The block's output from what `until_fc1` made; adds what is made on the way."""
-        made["fc2"] = _addmm(self.fc2, self._activate(made["fc1"]), alpha=1 / self.factor)
+        made["fc2"] = scaled_linear(
+            self._activate(made["fc1"]), *self.fc2, input_scale=1 / self.factor
+        )
         if not self.adapters:
             return made["fc2"] + made["middle"]
         out, made["bottleneck_3"] = adapt(
@@ -130,8 +134,8 @@ class BlockArithmetic:
             active = self._activate(made["fc1"]).div_(self.factor)
             out_grad = self._adapt_grad(AFTER_FC2, grad, active, made, grads, self.fc2)
             del active
-        hidden_grad = self._activate_grad(out_grad.mm(self.fc2[0]), made["fc1"])
-        x_grad = hidden_grad.mm(self.fc1[0])
+        hidden_grad = self._activate_grad(linear(out_grad, self.fc2[0].t()), made["fc1"])
+        x_grad = linear(hidden_grad, self.fc1[0].t())
         del hidden_grad, out_grad
         x, *statistics = self._norm(made["middle"], self.norm_2)
         x_grad = self._adapt_grad(BEFORE_FC1, x_grad, x, made, grads)
@@ -147,7 +151,7 @@ class BlockArithmetic:
             branch_grad = self._adapt_grad(
                 AFTER_PROJ, middle_grad, attended, made, grads, self.proj
             )
-            out_grad = branch_grad.mm(self.proj[0])
+            out_grad = linear(branch_grad, self.proj[0].t())
         x_grad = self._project_grad(self._attend_grad(out_grad, made))
         if not (self.adapters or x_needs_grad):
             return None
@@ -228,10 +232,10 @@ class BlockArithmetic:
         """Queries, keys and values; on the CPU these move to the frames that read them."""
         if self.cls_only:
             weight, bias = (w.split((self.width, 2 * self.width)) for w in qkv)
-            made["query"] = _addmm((weight[0], bias[0]), self._asked_rows(x))
-            made["key_value"] = _addmm((weight[1], bias[1]), x)
+            made["query"] = linear(self._asked_rows(x), weight[0], bias[0])
+            made["key_value"] = linear(x, weight[1], bias[1])
         else:
-            made["qkv"] = _addmm(qkv, x)
+            made["qkv"] = linear(x, *qkv)
         if not self.on_kernels:
             _, key_value = self._split(made)
             _move_heads_(key_value, key_value, self.head_offsets)
@@ -280,13 +284,13 @@ class BlockArithmetic:
         """Gradient of the input of the projection to queries, keys and values."""
         weight = self.qkv[0]
         if len(grads) == 1:
-            return grads[0].mm(weight)
+            return linear(grads[0], weight.t())
         query, *others = grads
         weights = weight[self.width :].chunk(len(others))
-        out = others[0].mm(weights[0])
+        out = linear(others[0], weights[0].t())
         for other, weight_of_other in zip(others[1:], weights[1:], strict=True):
-            out.addmm_(other, weight_of_other)
-        self._asked_rows(out).addmm_(query, weight[: self.width])
+            out.add_(linear(other, weight_of_other.t()))
+        self._asked_rows(out).add_(linear(query, weight[: self.width].t()))
         return out
 
     def _asked_rows(self, x: Tensor) -> Tensor:
@@ -311,11 +315,6 @@ class BlockArithmetic:
         aten = torch.ops.aten
         backward = aten.silu_backward if self.is_silu else aten.gelu_backward
         return backward.grad_input(grad, x, grad_input=grad)
-
-
-def _addmm(linear: Sequence[Tensor], x: Tensor, **factors: float) -> Tensor:
-    weight, bias = linear
-    return torch.addmm(bias, x, weight.t(), **factors)
 
 
 def _flash_layout(*tensors: Tensor) -> list[Tensor]:

@@ -20,7 +20,7 @@ _ONEDNN = (
 )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x W^T + b` for `x [..., in]`, `weight [out, in]` and `bias [out]` -> `[..., out]`."""
     if on_onednn(x):
         return _ONEDNN(x, weight, bias, "none", [], "")
@@ -48,14 +48,19 @@ class ScaledLinear(nn.Linear):
 
     def forward(self, x: Tensor, input_scale: float = 1.0, bias_scale: float = 1.0) -> Tensor:
         """`input_scale * x W^T + bias_scale * b` for `x [..., in]`."""
-        if input_scale == bias_scale == 1:
-            return linear(x, self.weight, self.bias)
-        if on_onednn(x):  # whose product takes no factors: scale the smaller of input and output
-            if self.in_features < self.out_features:
-                return linear(x * input_scale, self.weight, self.bias * bias_scale)
-            out = linear(x, self.weight, self.bias * (bias_scale / input_scale))
-            return out.mul_(input_scale)
-        out = torch.addmm(
-            self.bias, x.flatten(0, -2), self.weight.t(), beta=bias_scale, alpha=input_scale
-        )
-        return out.unflatten(0, x.shape[:-1])
+        return scaled_linear(x, self.weight, self.bias, input_scale, bias_scale)
+
+
+def scaled_linear(
+    x: Tensor, weight: Tensor, bias: Tensor, input_scale: float = 1.0, bias_scale: float = 1.0
+) -> Tensor:
+    """`input_scale * x W^T + bias_scale * b` for `x [..., in]`, `weight [out, in]`."""
+    if input_scale == bias_scale == 1:
+        return linear(x, weight, bias)
+    if on_onednn(x):  # whose product takes no factors: scale the smaller of input and output
+        if weight.shape[1] < weight.shape[0]:
+            return linear(x * input_scale, weight, bias * bias_scale)
+        return linear(x, weight, bias * (bias_scale / input_scale)).mul_(input_scale)
+    rows = x.flatten(0, -2)
+    out = torch.addmm(bias, rows, weight.t(), beta=bias_scale, alpha=input_scale)
+    return out.unflatten(0, x.shape[:-1])

@@ -239,6 +239,19 @@ def test_a_video_that_dali_fails_on_is_named_and_replaced_like_any_bad_one(
     assert_same(again.epoch(1, start_step=1), batches[1:])
 
 
+def test_an_epoch_may_end_with_a_video_that_dali_fails_on(samples, tmp_path):
+    bad = damage_packets(samples[2].path, tmp_path / "bad.avi", (*range(3, 50, 2),))
+    mixed = [samples[0], samples[2], samples[0], Sample(bad, 3)]
+    loader, other = (
+        ClipLoader(mixed, config(), batch_size=2, mode="val", decoder=decoder)
+        for decoder in ("dali", "pyav")
+    )
+    for _ in range(3):
+        index = [batch.index.tolist() for batch in loader.epoch()]
+        assert index == [batch.index.tolist() for batch in other.epoch()] == [[0, 1], [2, -1]]
+    assert loader.bad_files == other.bad_files and set(loader.bad_files) == {bad}
+
+
 def test_auto_leaves_to_the_hardware_only_what_a_manifest_vouches_for(samples):
     known = [dataclasses.replace(s, frames=50 + i) for i, s in enumerate(samples[:5])]
     loader = ClipLoader([*known, *samples[5:]], config(), batch_size=7, decoder="auto")

@@ -12,6 +12,7 @@ import multiprocessing
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
 
 import numpy as np
 import torch
@@ -232,11 +233,13 @@ class ClipLoader:
         that kills its decoding process is looked for, and from now on a bad one. If it is none,
         the micro-batch is tried once more. Raises `error` where nothing of this helps.
         """
-        died = any(not child.is_alive() for child in self._children)
+        ends = [child.sentinel for child in self._children]
+        decoder_failed = "decoders.video" in str(error)
+        died = bool(ends and not decoder_failed and wait(ends, timeout=1))
         for child in self._children:  # DALI would wait for them, and they may not heed it
             child.kill()
         self._pipeline = outputs = None
-        if "decoders.video" in str(error):
+        if decoder_failed:
             careful = self._build(replace(self.plan, cutter=None), epoch, micro_batch, 0)
             outputs = careful.run()
             micro_batch += 1

@@ -179,7 +179,7 @@ def draw_curves(path: Path, runs: Path) -> None:
     right.axhline(CHANCE, color="black", linewidth=0.8, linestyle=":", label="chance")
     left.set(title="training loss", xlabel="epoch", xlim=(0, None), ylim=(0, None))
     right.set(title="validation accuracy, %", xlabel="epoch", xlim=(0, None), ylim=(0, 102))
-    right.legend(fontsize=8, loc="center left")
+    right.legend(fontsize=8, loc="center right")
     for axes in (left, right):
         axes.grid(alpha=0.3)
     _save(figure, path)

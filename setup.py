@@ -24,10 +24,11 @@ setup(
         "tqdm>=4.66",
         "av>=15",
         "matplotlib>=3.8",
+        "pillow",
         "nvidia-dali-cuda130>=2.4; platform_system == 'Linux'",
     ],
     extras_require={
-        "train": ["deepspeed>=0.19", "tensorboard>=2.16"],
+        "train": ["deepspeed>=0.19", "tensorboard>=2.16", "jinja2>=3", "psutil"],
         "export": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20"],
         "gpu": ["triton>=3.6", "flash-attn>=2.7"],
         "dev": [
@@ -39,7 +40,6 @@ setup(
             "transformers>=4.50",
             "regex",
             "ftfy",
-            "pillow",
         ],
     },
     entry_points={"console_scripts": ["zeroi2v=zeroi2v.cli:main"]},

@@ -6,7 +6,8 @@ though CLS alone leaves it; and QuickGELU is three operations.
 
 Its attention function is gone from PyTorch. Where it stood, `fused=True` calls today's
 `scaled_dot_product_attention`, which is kind to it; `fused=False` computes softmax between two
-batched products, as it did.
+batched products, as it did. Its linear layers are multiplied as ours are, so that only the way
+of shifting and what goes with it is compared.
 
 The released class for merged models knows offsets of -1 and +1 alone; this one knows all.
 
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from zeroi2v.linear import linear
 from zeroi2v.model import Block, VideoViT
 
 
@@ -56,7 +58,7 @@ class AuthorsViT(nn.Module):
     def _attention(self, block: Block, x: Tensor) -> Tensor:
         """`[N, B*T, C]` -> `[N, B*T, C]`."""
         attn, tokens = block.attn, len(x)
-        query, key, value = F.linear(x, attn.in_proj_weight, attn.in_proj_bias).chunk(3, dim=-1)
+        query, key, value = linear(x, attn.in_proj_weight, attn.in_proj_bias).chunk(3, dim=-1)
         heads = [
             rearrange(part, "n bt (h d) -> (bt h) n d", h=attn.num_heads)
             for part in (query, self._shift(key), self._shift(value))

@@ -50,7 +50,7 @@ def latency(results: dict, path: Path) -> bool:
     cases = list(dict.fromkeys((b["model"], b["frames"]) for b in benches))
     dtypes = list(dict.fromkeys(b["dtype"] for b in benches))
     pyplot = _pyplot()
-    size = (1.2 + 4.4 * len(dtypes), 0.9 + 2.3 * len(cases))
+    size = (2.0 + 4.2 * len(dtypes), 1.1 + 2.3 * len(cases))
     figure, grid = pyplot.subplots(
         len(cases), len(dtypes), figsize=size, sharex=True, squeeze=False, layout="constrained"
     )
@@ -67,7 +67,7 @@ def latency(results: dict, path: Path) -> bool:
     ratios = [f"{b['rows']['merged']['ratio']:.2f}" for b in benches]
     span = " to ".join(dict.fromkeys((min(ratios), max(ratios))))
     figure.suptitle(
-        f"A merged video model takes {span} × the time of CLIP's image model on its frames",
+        f"A merged video model takes {span} × the time\nof CLIP's image model on its frames",
         fontweight="bold",
     )
     figure.supxlabel(
@@ -134,7 +134,8 @@ def accuracy(results: dict, path: Path) -> bool:
     axes.yaxis.set_major_formatter("{x:g} %")
     axes.minorticks_off()
     axes.margins(x=0.28, y=0.15)
-    axes.legend(frameon=False, fontsize=9, loc="lower left")
+    place = dict(loc="outside lower center", ncols=len(points), frameon=False, fontsize=9)
+    figure.legend(**place)
     axes.grid(alpha=0.25)
     _bare(axes, "bottom", "left")
     title = findings[0] if findings else "Published accuracy, and the speed measured here"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import socket
@@ -26,6 +27,11 @@ MODEL = dict(
     image_size=32, patch_size=16, width=32, depth=2, num_heads=2, num_frames=4, num_classes=4,
     head_offsets=[-1, 1], preprocess=dict(sampling="uniform", val_short_side=32),
 )  # fmt: skip
+
+# What Python prints in a decoding process whose parent is killed before it has told it what to do.
+STARTING_WORKER = re.compile(
+    r"Traceback.*\n(?:  .*\n)*  .*spawn_main\n(?:  .*\n)*EOFError: Ran out of input\n"
+)
 
 
 def make_video(path: Path, label: int, seed: int) -> None:
@@ -151,7 +157,7 @@ class Ranks:
 
     def errors(self) -> list[str]:
         """The error lines they wrote; no traceback may be among the rest."""
-        text = self.text()
+        text = STARTING_WORKER.sub("", self.text())
         assert "Traceback" not in text, text
         return [line for line in text.splitlines() if line.startswith("error: ")]
 

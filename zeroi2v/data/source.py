@@ -12,6 +12,7 @@ import ctypes
 import json
 import math
 import multiprocessing
+import os
 import signal
 import sys
 from dataclasses import dataclass, field
@@ -104,10 +105,13 @@ class ClipSource:
     def __setstate__(self, state: dict) -> None:
         """Unpickled in a decoding process, which must not outlive the one it decodes for."""
         self.__dict__.update(state)
-        self._is_worker = multiprocessing.parent_process() is not None
+        parent = multiprocessing.parent_process()
+        self._is_worker = parent is not None
         if self._is_worker and sys.platform == "linux":
             set_parent_death_signal = 1
             ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+            if os.getppid() != parent.pid:  # it has died already, while this process was starting
+                os.kill(os.getpid(), signal.SIGKILL)
 
     def __call__(self, info) -> tuple[np.ndarray, ...]:
         plan = self.plan

@@ -111,6 +111,7 @@ def test_compiles_into_one_graph(grad):
     model = build(config)
     video = video_for(config)
     with torch.set_grad_enabled(grad):
+        torch.compiler.reset()  # what other tests compiled counts against a limit
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(video), model(video), rtol=1e-5, atol=1e-6)
 

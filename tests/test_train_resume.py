@@ -3,7 +3,6 @@
 `ZEROI2V_SOAK=20` makes it 20 stops in each ZeRO stage, which takes many minutes.
 """
 
-import multiprocessing
 import os
 import random
 import signal
@@ -12,7 +11,16 @@ from pathlib import Path
 
 import psutil
 import pytest
-from training import MODEL, Ranks, arguments, assert_same_run, make_data, wait_for
+from training import (
+    MODEL,
+    Ranks,
+    arguments,
+    assert_same_run,
+    make_data,
+    save_for_ever,
+    server,
+    wait_for,
+)
 
 from train.log import read_log
 from train.state import clear_leftovers
@@ -79,20 +87,11 @@ def done(ranks: Ranks) -> bool:
     return not all(process.is_alive() for process in ranks.processes)
 
 
-def save_for_ever(folder: Path, classes: tuple[int, int]) -> None:
-    models = [VideoViT(ModelConfig.from_dict({**MODEL, "num_classes": n})) for n in classes]
-    while True:
-        for model in models:
-            model.save_pretrained(folder)
-
-
 def test_kill_in_the_middle_of_saving_over_a_model_leaves_one_of_the_two_whole(tmp_path):
     folder, rng = tmp_path / "last", random.Random(0)
     VideoViT(ModelConfig.from_dict(MODEL)).save_pretrained(folder)
     for _ in range(12):
-        child = multiprocessing.get_context("fork").Process(
-            target=save_for_ever, args=(folder, (3, 5))
-        )
+        child = server().Process(target=save_for_ever, args=(folder, (3, 5)))
         before = folder.stat().st_ino
         child.start()
         wait_for(lambda before=before: folder.stat().st_ino != before, 60)

@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ from safetensors.torch import load_file
 from videos import write_video
 
 from train.log import read_log
+from zeroi2v import VideoViT
+from zeroi2v.config import ModelConfig
 
 ROOT = Path(__file__).parents[1]
 MODEL = dict(
@@ -103,12 +106,22 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def server() -> multiprocessing.context.BaseContext:
+    """Forks processes from one that has imported all, which spares seconds, and has no threads."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["deepspeed", "nvidia.dali.plugin.pytorch", "training"])
+    path = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = f"{Path(__file__).parent}:{ROOT}:{path}"
+    forkserver.ensure_running()
+    os.environ["PYTHONPATH"] = path
+    return context
+
+
 class Ranks:
     """The processes of a run as a batch system starts them: no launcher ends those that are left.
 
-    They are forked from a server that has imported all, which spares seconds. They do the runs that
-    `arguments` tell, one after the other, and write to file `output`; `before` is called in each
-    first. As a context it leaves none of them behind.
+    They do the runs that `arguments` tell, one after the other, and write to file `output`;
+    `before` is called in each first. As a context it leaves none of them behind.
     """
 
     def __init__(
@@ -118,8 +131,7 @@ class Ranks:
         output: Path,
         before: Callable[[], object] | None = None,
     ):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["deepspeed", "nvidia.dali.plugin.pytorch", "training"])
+        context = server()
         ports = [free_port() for _ in arguments]
         self.output = output
         self.processes = [
@@ -128,11 +140,8 @@ class Ranks:
         ]
 
     def __enter__(self) -> Ranks:
-        path = os.environ.get("PYTHONPATH", "")
-        os.environ["PYTHONPATH"] = f"{Path(__file__).parent}:{ROOT}:{path}"
         for process in self.processes:
             process.start()
-        os.environ["PYTHONPATH"] = path
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -195,6 +204,14 @@ def run_rank(
         if status:
             sys.exit(status)
     print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024} bytes")
+
+
+def save_for_ever(folder: Path, classes: tuple[int, int]) -> None:
+    """Saves two models over each other, told apart by their number of classes."""
+    models = [VideoViT(ModelConfig.from_dict({**MODEL, "num_classes": n})) for n in classes]
+    while True:
+        for model in models:
+            model.save_pretrained(folder)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> None:

@@ -198,18 +198,23 @@ def roofline(results: dict, path: Path) -> bool:
 
 
 def scaling(results: dict, path: Path) -> bool:
-    """Frames a second over the clips in a batch, and over the frames of a clip."""
+    """Frames a second over the clips in a batch, and over the frames of a clip.
+
+    Not drawn before something has been measured at two sizes.
+    """
     benches = _named(results, "bench_zero_cost", "bench_zero_cost_throughput", "bench_scaling")
     dtypes = [bench["dtype"] for bench in benches]
     if not dtypes:
         return False
     dtype = "bfloat16" if "bfloat16" in dtypes else dtypes[0]
     benches = [bench for bench in benches if bench["dtype"] == dtype]
+    by_batch = [b for b in benches if b["frames"] == 8 and b["bench"] != "scaling"]
+    by_frames = [b for b in benches if b["batch"] == 1]
+    if len({b["batch"] for b in by_batch}) < 2 and len({b["frames"] for b in by_frames}) < 2:
+        return False
     figure, panels = _pyplot().subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
-    _scaling_panel(
-        panels[0], [b for b in benches if b["frames"] == 8 and b["bench"] != "scaling"], "batch"
-    )
-    _scaling_panel(panels[1], [b for b in benches if b["batch"] == 1], "frames")
+    _scaling_panel(panels[0], by_batch, "batch")
+    _scaling_panel(panels[1], by_frames, "frames")
     panels[0].set(xlabel="clips in a batch, of 8 frames", ylabel="frames a second")
     panels[1].set(xlabel="frames in a clip, one clip")
     lines = {line.get_label(): line for axes in panels for line in axes.lines}
@@ -251,7 +256,8 @@ def _scaling_panel(axes, benches: list[dict], key: str) -> None:
     axes.minorticks_off()
     axes.yaxis.set_major_locator(_pyplot().LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.margins(y=0.15)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low / 1.5, high * 1.5)  # else the scale magnifies what is nearly the same
     axes.grid(alpha=0.25)
     _bare(axes, "bottom", "left")
 

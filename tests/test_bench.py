@@ -265,21 +265,28 @@ def test_report_is_stale_once_a_figure_changes(tmp_path):
 
     def write(results: dict) -> None:
         path.write_text(json.dumps(results))
-        report.draw(results, tmp_path)
+        assert report.draw(results, tmp_path) == ["some-cpu-latency.png", "some-cpu-scaling.png"]
         for file, text in report.render(readme, tmp_path).items():
             file.write_text(text, encoding="utf-8")
 
-    write(made_up())
+    def at_two_sizes(*args: float) -> dict:
+        results = made_up(*args)
+        (bench,) = results["benches"].values()
+        results["benches"]["bench_zero_cost_throughput[B/16-8-2-float32]"] = bench | {"batch": 2}
+        return results
+
+    assert report.draw(made_up(), tmp_path) == ["some-cpu-latency.png"]  # one size makes no line
+    write(at_two_sizes())
     assert report.stale(readme, tmp_path) == []
     text = readme.read_text(encoding="utf-8")
     assert text.startswith("Before.\n") and text.endswith("After.\n")
     assert "(bench/results/some-cpu-latency.png)" in text
     for name in ("latency", "scaling"):
         assert (tmp_path / f"some-cpu-{name}.png").read_bytes().startswith(b"\x89PNG")
-    path.write_text(json.dumps(made_up(3.0)))
+    path.write_text(json.dumps(at_two_sizes(3.0)))
     stale = {"README.md", "some-cpu.md", "some-cpu-latency.png", "some-cpu-scaling.png"}
     assert set(report.stale(readme, tmp_path)) == stale
-    write(made_up(3.0))
+    write(at_two_sizes(3.0))
     assert report.stale(readme, tmp_path) == []
 
 

@@ -32,7 +32,7 @@ DPI = 130
 def where(results: dict) -> str:
     """A machine in a few words."""
     card = results["machine"]
-    return card["name"] + (f", {card['threads']} threads" if card.get("kind") == "CPU" else "")
+    return card["name"] + (f", {card['cores']} cores" if card.get("kind") == "CPU" else "")
 
 
 def draw(results: dict, folder: Path) -> list[str]:

@@ -233,8 +233,8 @@ def made_up(seconds: float = 2.0) -> dict:
             "merged / a model that is not here": {"goal": 0.5},
         },
     )  # fmt: skip
-    card = dict(kind="CPU", name="Some CPU", slug="some-cpu", threads=2, packages={"torch": "9.9"})
-    card |= dict(ceilings={"float32": 2e11, "copy": 5e10})
+    card = dict(kind="CPU", name="Some CPU", slug="some-cpu", cores=2, threads=2)
+    card |= dict(packages={"torch": "9.9"}, ceilings={"float32": 2e11, "copy": 5e10})
     return {"machine": card, "benches": {"bench_zero_cost[B/16-8-float32]": bench}}
 
 
@@ -243,9 +243,9 @@ def test_report_shows_machine_commit_and_command_and_leaves_unmeasured_rows_empt
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines()]
     source = "0123456789ab `pytest bench --benchmark`"
     measured = "1,850.0|0.93 [0.93, 0.93]|0.84 [0.80, 0.90]|1.30|2.0e-07".split("|")
-    assert ["Some CPU, 2 threads", "B/16, 8", "float32", *measured, source] in rows
+    assert ["Some CPU, 2 cores", "B/16, 8", "float32", *measured, source] in rows
     empty = [""] * 5
-    assert ["Some CPU, 2 threads", "L/14, 32", "bfloat16", *empty, "`make bench`"] in rows
+    assert ["Some CPU, 2 cores", "L/14, 32", "bfloat16", *empty, "`make bench`"] in rows
     assert ["NVIDIA H200", "B/16, 8", "float16", *empty, "`make bench`"] in rows
     assert ["B/16, 8", "86.0 M, 86.0 M", "422", "420", "420", source] in rows
     page = tables.page(made_up())

@@ -5,7 +5,7 @@
     python train/main.py --config …            (one process)
 
 Everything it writes is in `run.dir`: `config.yaml`, `log.jsonl`, `tensorboard/`, `state/` (to
-resume from), `last/` and `best/` (models), `bad_files.txt`, `eval.json`, `plots/`. Ctrl-C and
+resume from), `last/` and `best/` (models), `bad_files.txt`, `eval.json`, `report.html`. Ctrl-C and
 SIGTERM save and stop; `run.resume=true` goes on to the very weights an unbroken run reaches, and
 `run.resume=auto` does so if there is a state, else begins. With `--dry-run` nothing is written:
 the resolved config is printed, and what a run will take of memory and time.

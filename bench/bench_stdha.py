@@ -119,10 +119,17 @@ def line_up(
 ) -> tuple[dict[str, Callable[[Tensor], Tensor]], dict[str, str]]:
     """Contestants by name, and why others are absent; the first is the baseline."""
     none = (0,) * len(offsets)
-    ours = {name: partial(stdha, head_offsets=offsets, backend=name) for name in ("sdpa", "triton")}
+    ours = {
+        name: partial(stdha, head_offsets=offsets, backend=name)
+        for name in ("sdpa", "matmul", "triton")
+    }
     functions = {PLAIN: partial(stdha, head_offsets=none, backend="sdpa"), "sdpa": ours["sdpa"]}
     functions["reference"] = partial(stdha_reference, head_offsets=offsets)
     absent = {}
+    if backward:
+        absent["matmul"] = "has no gradient"
+    else:
+        functions["matmul"] = ours["matmul"]
     half = qkv.dtype != torch.float32
     if qkv.is_cuda or not timed:  # in Triton's interpreter, whose time says nothing
         functions["triton"] = ours["triton"]

@@ -45,6 +45,9 @@ def test_reference_and_sdpa_compute_the_formula_and_its_gradient(frames, offsets
     expected = loop(qkv, offsets)
     weight = torch.randn_like(expected)
     (gradient,) = torch.autograd.grad(expected, qkv, weight)
+    with torch.no_grad():
+        out = stdha(qkv, offsets, backend="matmul")
+    torch.testing.assert_close(out, expected.detach(), rtol=1e-12, atol=1e-12)
     for backend in ("reference", "sdpa"):
         out = stdha(qkv, offsets, backend=backend)
         torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
@@ -54,7 +57,7 @@ def test_reference_and_sdpa_compute_the_formula_and_its_gradient(frames, offsets
 
 def test_scale_replaces_the_default_scale():
     qkv = random_qkv(3, 2)
-    for backend in ("reference", "sdpa"):
+    for backend in ("reference", "matmul", "sdpa"):
         default = stdha(qkv, (0, 1), backend=backend)
         same = stdha(qkv, (0, 1), scale=4**-0.5, backend=backend)
         torch.testing.assert_close(default, same, rtol=0, atol=0)
@@ -91,6 +94,9 @@ def test_input_is_left_untouched_without_autograd_and_overwritten_only_on_reques
         out = stdha(qkv, (-1, 1))
     assert torch.equal(qkv, before)
     query, key_value = qkv[:, :, :, 0], qkv[:, :, :, 1:]
+    alone = stdha_split(query[:, :, :1], key_value, (-1, 1), backend="matmul")
+    torch.testing.assert_close(alone, out[:, :, :1], rtol=1e-12, atol=1e-12)
+    assert torch.equal(qkv, before)
     assert torch.equal(stdha_split(query, key_value, (-1, 1), overwrite=True), out)
 
 
@@ -109,6 +115,8 @@ def test_wrong_arguments_are_refused():
         stdha(qkv[0], (0,) * 4)
     with pytest.raises(ValueError, match=r"qkv must be floating point: got torch.int64"):
         stdha(qkv.long(), (0,) * 4)
+    with pytest.raises(ValueError, match="'matmul' has no gradient: qkv must not require one"):
+        stdha(qkv.requires_grad_(), (0,) * 4, backend="matmul")
     with pytest.raises(ValueError, match="backend must be one of triton, .* or None: got 'x'"):
         stdha(qkv, (0,) * 4, backend="x")
 
@@ -117,6 +125,7 @@ def test_the_definition_rounds_like_any_attention_in_bf16():
     qkv = random_qkv(4, 3, tokens=17, dim=16)
     oracle = stdha_reference(qkv, (1, -1, 0))
     error = (stdha_reference(qkv.bfloat16(), (1, -1, 0)).double() - oracle).abs().max()
-    fused = (stdha(qkv.bfloat16(), (1, -1, 0)).double() - oracle).abs().max()
     eps = torch.finfo(torch.bfloat16).eps
-    assert fused <= 2 * (error + eps * oracle.abs().max())
+    for backend in ("sdpa", "matmul"):
+        out = stdha(qkv.bfloat16(), (1, -1, 0), backend=backend).double()
+        assert (out - oracle).abs().max() <= 2 * (error + eps * oracle.abs().max())

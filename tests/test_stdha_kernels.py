@@ -252,9 +252,21 @@ def test_none_chooses_sdpa_on_a_cpu_and_says_so_once(caplog):
     assert caplog.messages == ["attention on cpu: backend sdpa"]
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="the choice on a CPU")
+def test_a_cpu_multiplies_bfloat16_frame_by_frame_where_that_is_faster(monkeypatch):
+    module = sys.modules[stdha_reference.__module__]
+    qkv, few = random_qkv(2, 64, 2, 16, BF16), random_qkv(2, 63, 2, 16, BF16)
+    for multiplies, chosen in ((True, "matmul"), (False, "sdpa")):
+        monkeypatch.setattr(module, "_multiplies_bfloat16", lambda fast=multiplies: fast)
+        with torch.no_grad():
+            assert choose_backend(qkv) == chosen
+            assert choose_backend(few) == choose_backend(qkv.float()) == "sdpa"
+        assert choose_backend(qkv) == "sdpa"  # which has a gradient
+
+
 def test_clips_and_frames_may_be_one_axis():
     qkv, offsets = random_qkv(3, 5, 2, 64, BF16, clips=2), (-1, 2)
-    for backend in ("triton", "sdpa", "reference"):
+    for backend in ("triton", "matmul", "sdpa", "reference"):
         expected = stdha(qkv, offsets, backend=backend)
         out = stdha(qkv.flatten(0, 1), offsets, backend=backend, num_frames=3)
         assert torch.equal(out, expected.flatten(0, 1))
@@ -367,7 +379,7 @@ def test_model_runs_on_the_kernels_in_training_and_compiled_as_one_graph(
 
 def test_autocast_casts_for_every_backend_as_pytorch_does_for_its_attention():
     qkv, offsets = random_qkv(2, 5, 2, 64), (1, -1)
-    for backend in ("triton", "sdpa", "reference"):
+    for backend in ("triton", "matmul", "sdpa", "reference"):
         expected = stdha(qkv.to(BF16), offsets, backend=backend)
         with torch.autocast(DEVICE, BF16):
             assert torch.equal(stdha(qkv, offsets, backend=backend), expected)

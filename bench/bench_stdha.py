@@ -124,12 +124,9 @@ def line_up(
         for name in ("sdpa", "matmul", "triton")
     }
     functions = {PLAIN: partial(stdha, head_offsets=none, backend="sdpa"), "sdpa": ours["sdpa"]}
+    functions["matmul"] = ours["matmul"]
     functions["reference"] = partial(stdha_reference, head_offsets=offsets)
     absent = {}
-    if backward:
-        absent["matmul"] = "has no gradient"
-    else:
-        functions["matmul"] = ours["matmul"]
     half = qkv.dtype != torch.float32
     if qkv.is_cuda or not timed:  # in Triton's interpreter, whose time says nothing
         functions["triton"] = ours["triton"]

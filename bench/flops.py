@@ -83,4 +83,5 @@ _UNKNOWN = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.zeroi2v.stdha: _stdha,
     torch.ops.zeroi2v.stdha_split: _stdha_split,
+    torch.ops.zeroi2v.stdha_matmul: _stdha_split,
 }

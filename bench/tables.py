@@ -36,7 +36,7 @@ def _percent(value: float) -> str:
 # Header and format of what a row may hold, in the order of the columns.
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "seconds": ("ms", lambda value: f"{1e3 * value:,.{3 if value < 1e-3 else 1}f}"),
-    "ratio": ("ratio to baseline", _number(digits=3)),
+    "ratio": ("time ÷ baseline", _number(digits=3)),
     "against": ("ratio to", lambda value: f"{value['ratio']:.3f} × {value['name']}"),
     "clips_per_s": ("clips/s", _number(digits=2)),
     "peak_bytes": ("peak, MiB", _number(2**-20)),
@@ -71,8 +71,10 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def ratio(row: dict, key: str = "ratio") -> str:
-    """A ratio with its quartiles."""
+    """A ratio with its quartiles; that of the baseline to itself has none."""
     low, high = row[f"{key}_quartiles"]
+    if low == high == row[key] == 1:
+        return "1"
     return f"{row[key]:.2f} [{low:.2f}, {high:.2f}]"
 
 
@@ -144,6 +146,8 @@ class Section(NamedTuple):
 
     title: str
     bench: str
+    case: str
+    """What tells the benches apart; empty if there is only one."""
     text: str
     columns: tuple[str, ...]
     only: dict[str, Any] = {}  # noqa: RUF012  (a tuple's default is shared, and never written)
@@ -159,7 +163,7 @@ INTRODUCTION = (
 )
 SECTIONS = (
     Section(
-        "Beside other methods", "bench_rivals",
+        "Beside other methods", "bench_rivals", "model, frames, precision",
         "The same backbone with the blocks of other methods, written from their papers"
         " (`bench/baselines/`), in bfloat16. Times are measured here; accuracies and GMACs (10⁹"
         " multiply-adds of three views) are those published for Kinetics-400. None of these models"
@@ -169,26 +173,25 @@ SECTIONS = (
         ("accuracy", "published accuracy over measured speed"),
     ),
     Section(
-        "A training step", "bench_training_block",
-        "Forward and backward with trainable adapters, recipe and clips as named: plain autograd"
+        "A training step", "bench_training_block", "recipe, clips",
+        "Forward and backward with trainable adapters: plain autograd"
         " (naive), and the three memory policies of the training block. Saved is what a block keeps"
         " for backward, weights aside, in units of the width.",
         ("seconds", "ratio", "clips_per_s", "peak_bytes", "widths_saved", "joules"),
     ),
     Section(
-        "Decoding", "bench_decoding",
-        "8 frames, 16 apart, of a 300-frame H.264 video, by its distance between keyframes; one"
-        " thread.",
+        "Decoding", "bench_decoding", "frames from keyframe to keyframe",
+        "8 frames, 16 apart, of a 300-frame H.264 video; one thread.",
         ("ratio", "clips_per_s"),
     ),
     Section(
-        "Merging", "bench_reparam",
+        "Merging", "bench_reparam", "model",
         "`python -m zeroi2v.reparam` from start to end, its proof included, and the most memory the"
         " process held; beside it, to read the model and write it.",
         ("seconds", "peak_bytes"),
     ),
     Section(
-        "The first answer", "bench_predict",
+        "The first answer", "bench_predict", "",
         "`python -m zeroi2v.predict` on one video in a fresh process, by what it runs.",
         ("seconds",),
     ),
@@ -221,7 +224,7 @@ def find(results: dict, name: str, **facts) -> dict:
 
 def _zero_cost(machines: list[dict], files: Collection[str]) -> str:
     header = ["machine", "model, frames", "precision", "merged, ms a clip", "÷ transformers CLIP"]
-    header += ["÷ authors' way", "adapted ÷ merged", "error", "measured by"]
+    header += ["÷ authors' way", "adapted ÷ merged", "error"]
     rows = []
     for results in machines:
         for (model, frames), dtype in product(CASES, DTYPES[results["machine"]["kind"]]):
@@ -237,7 +240,7 @@ def _zero_cost(machines: list[dict], files: Collection[str]) -> str:
         " transformers with MKL, as PyTorch does by default: what that gains is in the ratio to"
         " transformers, but not in the one to the authors' way, which has our linear layers."
     )
-    parts = ["### Zero cost", text, table(header, rows)]
+    parts = ["### Zero cost", text, _sourced(header, rows)]
     parts += _figures(machines, files, "latency", "time of a clip beside CLIP's image model")
     parts += _figures(machines, files, "scaling", "speed over batch, time over frames")
     return "\n\n".join(parts)
@@ -258,7 +261,7 @@ def _merged(rows: dict[str, dict]) -> list[str]:
 
 def _operations(machines: list[dict]) -> str:
     header = ["model, frames", "parameters: image ViT, merged", "published", "all blocks whole"]
-    header += ["merged, as it runs", "measured by"]
+    header += ["merged, as it runs"]
     rows = []
     for model, frames in CASES:
         found = [find(m, "bench_zero_cost", model=model, frames=frames) for m in machines]
@@ -273,11 +276,12 @@ def _operations(machines: list[dict]) -> str:
         " and by formula. Only the CLS token leaves the last block, so the other tokens' queries,"
         " projection and MLP are not computed there, with the same result."
     )
-    return "\n\n".join(["### Parameters and operations", text, table(header, rows)])
+    return "\n\n".join(["### Parameters and operations", text, _sourced(header, rows)])
 
 
 def _section(section: Section, machines: list[dict], files: Collection[str]) -> str:
-    header = ["machine", "case", "", *(COLUMNS[key][0] for key in section.columns), "measured by"]
+    cases = [section.case] if section.case else []
+    header = ["machine", *cases, "", *(COLUMNS[key][0] for key in section.columns)]
     rows = []
     for results in machines:
         before = len(rows)
@@ -285,16 +289,15 @@ def _section(section: Section, machines: list[dict], files: Collection[str]) -> 
             shown = all(bench.get(key) == value for key, value in section.only.items())
             if name.split("[")[0] != section.bench or not shown:
                 continue
-            case = name[len(section.bench) + 1 : -1].replace("-", ", ")
+            case = [name[len(section.bench) + 1 : -1].replace("-", ", ")] if cases else []
             for row, figures in bench["rows"].items():
                 cells = [_cell(figures, key) for key in section.columns]
                 told = figures.get("absent") or _source(bench)
-                rows.append([where(results), case, row, *cells, told])
+                rows.append([where(results), *case, row, *cells, told])
         if len(rows) == before:
-            empty = [""] * (len(section.columns) + 2)
-            rows.append([where(results), *empty, f"`{COMMAND}`"])
+            rows.append([where(results), *[""] * (len(header) - 1), _source({"rows": {}})])
     figures = _figures(machines, files, *section.picture) if section.picture else []
-    return "\n\n".join([f"### {section.title}", section.text, table(header, rows), *figures])
+    return "\n\n".join([f"### {section.title}", section.text, _sourced(header, rows), *figures])
 
 
 def _ops(machines: list[dict], files: Collection[str]) -> list[str]:
@@ -313,5 +316,23 @@ def _figures(machines: list[dict], files: Collection[str], plot: str, told: str)
     return [f"![{told}, {w}](bench/results/{n})" for n, w in names if n in files]
 
 
-def _source(bench: dict) -> str:
-    return f"{bench['commit']} `{bench['command']}`" if bench["rows"] else f"`{COMMAND}`"
+class Run(NamedTuple):
+    """What measured a row."""
+
+    commit: str
+    command: str
+
+
+def _source(bench: dict) -> Run | str:
+    return Run(bench["commit"], bench["command"]) if bench["rows"] else f"`{COMMAND}`"
+
+
+def _sourced(header: list[str], rows: list[list]) -> str:
+    """A table whose rows end in what measured them, by its number, and beneath it what that was."""
+    runs = list(dict.fromkeys(row[-1] for row in rows if isinstance(row[-1], Run)))
+    lines = [
+        [*row, str(runs.index(run) + 1) if isinstance(run, Run) else run] for *row, run in rows
+    ]
+    told = [f"run {i}: commit {run.commit}, `{run.command}`" for i, run in enumerate(runs, 1)]
+    beneath = f"\n\nMeasured by {'; '.join(told)}." if told else ""
+    return table([*header, "run"], lines) + beneath

@@ -241,13 +241,13 @@ def made_up(seconds: float = 2.0) -> dict:
 def test_report_shows_machine_commit_and_command_and_leaves_unmeasured_rows_empty():
     part = tables.readme_part([made_up()], set())
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines()]
-    source = "0123456789ab `pytest bench --benchmark`"
+    assert "Measured by run 1: commit 0123456789ab, `pytest bench --benchmark`." in part
     measured = "1,850.0|0.93 [0.93, 0.93]|0.84 [0.80, 0.90]|1.30|2.0e-07".split("|")
-    assert ["Some CPU, 2 cores", "B/16, 8", "float32", *measured, source] in rows
+    assert ["Some CPU, 2 cores", "B/16, 8", "float32", *measured, "1"] in rows
     empty = [""] * 5
     assert ["Some CPU, 2 cores", "L/14, 32", "bfloat16", *empty, "`make bench`"] in rows
     assert ["NVIDIA H200", "B/16, 8", "float16", *empty, "`make bench`"] in rows
-    assert ["B/16, 8", "86.0 M, 86.0 M", "422", "420", "420", source] in rows
+    assert ["B/16, 8", "86.0 M, 86.0 M", "422", "420", "420", "1"] in rows
     page = tables.page(made_up())
     for told in ("Some CPU", "9.9", "0.20 TFLOP/s", "50.0 GB/s", "0123456789ab", "took 60 s"):
         assert told in page

@@ -7,6 +7,7 @@ from zeroi2v_kernels.stdha import (
     shift_heads_backward,
     source_frames,
     stdha,
+    stdha_matmul_op,
     stdha_reference,
     stdha_split,
 )
@@ -40,15 +41,12 @@ def loop(qkv, offsets):
 
 
 @pytest.mark.parametrize("frames, offsets", CASES)
-def test_reference_and_sdpa_compute_the_formula_and_its_gradient(frames, offsets):
+def test_backends_of_the_cpu_compute_the_formula_and_its_gradient(frames, offsets):
     qkv = random_qkv(frames, len(offsets)).requires_grad_()
     expected = loop(qkv, offsets)
     weight = torch.randn_like(expected)
     (gradient,) = torch.autograd.grad(expected, qkv, weight)
-    with torch.no_grad():
-        out = stdha(qkv, offsets, backend="matmul")
-    torch.testing.assert_close(out, expected.detach(), rtol=1e-12, atol=1e-12)
-    for backend in ("reference", "sdpa"):
+    for backend in ("reference", "matmul", "sdpa"):
         out = stdha(qkv, offsets, backend=backend)
         torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
         (got,) = torch.autograd.grad(out, qkv, weight)
@@ -107,6 +105,30 @@ def test_shift_heads_is_a_well_formed_operator(offsets):
     torch.library.opcheck(shift_heads_backward, (key_value.detach(), list(offsets)))
 
 
+def test_matmul_is_a_well_formed_operator():
+    qkv = random_qkv(3, 2)
+    tensors = [x.requires_grad_() for x in (qkv[:, :, :2, 0], qkv[:, :, :, 1:])]
+    torch.library.opcheck(stdha_matmul_op, (*tensors, [-1, 1], 0.5))
+
+
+def test_rounded_scores_do_not_harm_what_matmul_gives():
+    """In bfloat16 scores of up to 100 are off by 1/4 or less, and a weight by a quarter."""
+    qkv, offsets = random_qkv(3, 2, tokens=65, dim=64), (-1, 1)
+    qkv[:, :, :, 0] *= 25
+    qkv = qkv.bfloat16()
+    exact = qkv.double().requires_grad_()
+    expected = stdha_reference(exact, offsets)
+    weight = torch.randn_like(expected).bfloat16()
+    (gradient,) = torch.autograd.grad(expected, exact, weight.double())
+    narrow = qkv.clone().requires_grad_()
+    out = stdha(narrow, offsets, backend="matmul")
+    (got,) = torch.autograd.grad(out, narrow, weight)
+    rounding = stdha_reference(qkv, offsets).double() - expected
+    assert rounding.norm() > 0.01 * expected.norm()
+    assert (out.double() - expected).norm() < 0.004 * expected.norm()
+    assert (got.double() - gradient).norm() < 0.01 * gradient.norm()
+
+
 def test_wrong_arguments_are_refused():
     qkv = random_qkv(2, 4)
     with pytest.raises(ValueError, match="head_offsets needs one entry per head: got 3 for 4"):
@@ -115,8 +137,6 @@ def test_wrong_arguments_are_refused():
         stdha(qkv[0], (0,) * 4)
     with pytest.raises(ValueError, match=r"qkv must be floating point: got torch.int64"):
         stdha(qkv.long(), (0,) * 4)
-    with pytest.raises(ValueError, match="'matmul' has no gradient: qkv must not require one"):
-        stdha(qkv.requires_grad_(), (0,) * 4, backend="matmul")
     with pytest.raises(ValueError, match="backend must be one of triton, .* or None: got 'x'"):
         stdha(qkv, (0,) * 4, backend="x")
 

@@ -5,6 +5,7 @@ import os
 import pickle
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -152,20 +153,29 @@ def test_vanished_videos_are_told_and_the_run_goes_on_when_they_are_back(data, w
     goes_on(data, run_dir, whole)
 
 
-def test_taken_port_is_told_by_name(data, tmp_path):
+def test_taken_port_is_told_by_name_and_the_run_starts_when_it_is_free(data, tmp_path):
+    def start(port: int) -> subprocess.CompletedProcess:
+        launcher = ["deepspeed", "--num_accelerators", "2", "--master_port", str(port)]
+        words = command(data, tmp_path / "run", "run.max_steps=1", "data.val_list=null")
+        return subprocess.run(
+            [*launcher, *words], capture_output=True, text=True, env=environment(), timeout=120
+        )
+
     with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as those that come after
         holder.bind(("", 0))
         holder.listen()
         port = holder.getsockname()[1]
-        launcher = ["deepspeed", "--num_accelerators", "2", "--master_port", str(port)]
-        done = subprocess.run(
-            [*launcher, *command(data, tmp_path / "run")],
-            capture_output=True, text=True, env=environment(), timeout=120,
-        )  # fmt: skip
-    assert done.returncode != 0
+        begun = time.monotonic()
+        done = start(port)
+        assert time.monotonic() - begun < 60
+    assert done.returncode != 0 and not (tmp_path / "run").exists()
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stderr
     assert f"MASTER_PORT must be free: 127.0.0.1:{port} is taken" in errors[0]
+    done = start(port)
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in read_log(tmp_path / "run")] == [1]
 
 
 def test_run_folder_takes_one_run_at_a_time(data, tmp_path, monkeypatch):

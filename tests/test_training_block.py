@@ -16,6 +16,7 @@ from bench.measure import run_counting_memory
 from train.engine import trained_weights
 from train.job import gather_blocks_whole
 from train.processes import end_processes, start_processes
+from zeroi2v import block_arithmetic
 from zeroi2v.config import RECIPES, AdapterConfig, ModelConfig
 from zeroi2v.model import Block
 from zeroi2v.training_block import block_backward, block_forward, can_train
@@ -98,6 +99,16 @@ def test_adapters_merged_for_the_forward_change_no_gradient(memory):
     assert merging_pays(rows, fc1)  # so it does for the narrower layers
     expected = value_and_grads(naive_block(block, x), [x, *trained(block)])
     assert_close(run(block, x, False, memory), expected, 1e-10)
+
+
+@pytest.mark.parametrize("memory", POLICIES)
+@pytest.mark.parametrize("cls_only", [False, True])
+def test_attention_by_matrix_products_gives_the_same_gradients(monkeypatch, cls_only, memory):
+    monkeypatch.setattr(block_arithmetic, "matmul_pays", lambda *_: True)
+    config = small_config("vit_l14_k400_32x4", adapter=dict(ratio=0.25, scale=0.5, dropout=0.0))
+    block, x = build_block(config).double(), tokens(config)
+    expected = value_and_grads(naive_block(block, x, cls_only), [x, *trained(block)])
+    assert_close(run(block, x, cls_only, memory), expected, 1e-10)
 
 
 @pytest.fixture
@@ -207,10 +218,12 @@ PRECISIONS = {
 
 @pytest.mark.parametrize("memory", POLICIES)
 @pytest.mark.parametrize("cls_only", [False, True])
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_rounding_errors_are_those_of_plain_autograd(precision, cls_only, memory):
+@pytest.mark.parametrize("precision", [*PRECISIONS, "bf16, attention by matrix products"])
+def test_rounding_errors_are_those_of_plain_autograd(monkeypatch, precision, cls_only, memory):
     """Within twice the naive block's own error in the same dtype, against float64."""
-    dtype, autocast = PRECISIONS[precision]
+    if precision not in PRECISIONS:
+        monkeypatch.setattr(block_arithmetic, "matmul_pays", lambda *_: True)
+    dtype, autocast = PRECISIONS[precision.split(",")[0]]
     config = small_config("vit_b16_k400_8x16", adapter=dict(ratio=0.25, scale=0.5, dropout=0.0))
     block = build_block(config).to(dtype)
     exact = build_block(config)

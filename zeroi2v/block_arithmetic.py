@@ -1,8 +1,9 @@
 """A block's forward and backward written out, for `training_block.py`: no autograd in here.
 
 Tokens are rows `[B*T*N, C]`. On CUDA the Triton kernels of `zeroi2v_kernels` compute, on the CPU
-PyTorch's operators. There keys and values move between frames inside the projection's output, which
-spares copies; the GPU's kernels read them where they lie.
+PyTorch's operators. For its attention keys and values move between frames inside the projection's
+output, which spares copies; the GPU's kernels read them where they lie, and so do the matrix
+products that some CPUs take for bfloat16.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from zeroi2v_kernels import adapter_linear
+from zeroi2v_kernels import adapter_linear, stdha_matmul
 from zeroi2v_kernels.adapter_linear import (
     Adapter,
     Dropout,
@@ -25,7 +26,7 @@ from zeroi2v_kernels.adapter_linear import (
     merging_pays,
     parameter_grads,
 )
-from zeroi2v_kernels.stdha import _move_heads_
+from zeroi2v_kernels.stdha import _move_heads_, matmul_pays
 
 from zeroi2v.linear import linear, scaled_linear
 
@@ -69,6 +70,13 @@ def merged_places(x: Tensor, weights: Sequence[Tensor], settings: Settings) -> l
     ]
 
 
+def attends_by_matmul(x: Tensor, settings: Settings) -> bool:
+    """Whether attention to `x [B, T, N, C]` is a matter of matrix products, which keep no sums."""
+    queries = 1 if settings.cls_only else x.shape[2]
+    pays = matmul_pays(x.device, settings.dtype, queries)
+    return pays and not adapter_linear.uses_kernels(x)
+
+
 class BlockArithmetic:
     """One pass through a block, forward or backward."""
 
@@ -92,6 +100,7 @@ class BlockArithmetic:
             for place in merged_places(x, weights, settings)
         }
         self.on_kernels = adapter_linear.uses_kernels(x)
+        self.by_matmul = attends_by_matmul(x, settings)
         # PyTorch has silu but not QuickGELU; the factors ride on the products around it.
         self.is_silu = settings.activation == "quick_gelu" and not self.on_kernels
         self.factor = 1.702 if self.is_silu else 1.0
@@ -102,7 +111,7 @@ class BlockArithmetic:
         x = self._norm(self.x, self.norm_1)[0]
         x = self._adapt(BEFORE_QKV, x, made)
         self._project(self.merged.get(BEFORE_QKV, self.qkv), x, made)
-        made["attended"], made["sums"] = self._attend(made)
+        self._attend(made)
         branch = linear(made["attended"], *self.merged.get(AFTER_PROJ, self.proj))
         branch = self._adapt(AFTER_PROJ, branch, made)
         x, made["middle"] = self._add_norm(branch, self._asked_rows(self.x), self.norm_2)
@@ -236,7 +245,7 @@ class BlockArithmetic:
             made["key_value"] = linear(x, weight[1], bias[1])
         else:
             made["qkv"] = linear(x, *qkv)
-        if not self.on_kernels:
+        if not (self.on_kernels or self.by_matmul):
             _, key_value = self._split(made)
             _move_heads_(key_value, key_value, self.head_offsets)
 
@@ -249,30 +258,36 @@ class BlockArithmetic:
         qkv = made["qkv"].view(*frames, self.tokens, 3, heads, -1)
         return qkv[:, :, :, 0], qkv[:, :, :, 1:]
 
-    def _attend(self, made: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Attention's output in rows, and the logarithms of the softmax's sums."""
+    def _attend(self, made: dict[str, Tensor]) -> None:
+        """Makes attention's output in rows and, but for `matmul`, the logarithms of its sums."""
         query, key_value = self._split(made)
-        if self.on_kernels:
+        scale = query.shape[-1] ** -0.5
+        if self.by_matmul:
+            out = stdha_matmul.forward(query, key_value, self.head_offsets, scale)
+        elif self.on_kernels:
             from zeroi2v_kernels import stdha_launch
 
-            scale = query.shape[-1] ** -0.5
-            out, sums = stdha_launch.forward(query, key_value, self.head_offsets, scale)
-            return out.view(-1, self.width), sums
-        query, key, value = _flash_layout(query, *key_value.unbind(3))
-        out, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
-        return out.transpose(1, 2).reshape(-1, self.width), sums
+            out, made["sums"] = stdha_launch.forward(query, key_value, self.head_offsets, scale)
+        else:
+            flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+            out, made["sums"] = flash(*_flash_layout(query, *key_value.unbind(3)))
+            out = out.transpose(1, 2)
+        made["attended"] = out.reshape(-1, self.width)
 
     def _attend_grad(self, grad: Tensor, made: dict[str, Tensor]) -> list[Tensor]:
         """Gradients of queries, keys and values in rows; some of them packed, as is cheapest."""
         query, key_value = self._split(made)
         out, grad = (x.view(query.shape) for x in (made["attended"], grad))
-        if self.on_kernels:
-            from zeroi2v_kernels import stdha_launch
-
+        if self.on_kernels or self.by_matmul:
             names = ["query", "key_value"] if self.cls_only else ["qkv"]
             packed = {name: torch.empty_like(made[name]) for name in names}
-            tensors = (grad, query, key_value, out, made["sums"], *self._split(packed))
-            stdha_launch.backward(*tensors, self.head_offsets, query.shape[-1] ** -0.5)
+            last = (*self._split(packed), self.head_offsets, query.shape[-1] ** -0.5)
+            if self.by_matmul:
+                stdha_matmul.backward(grad, query, key_value, *last)
+            else:
+                from zeroi2v_kernels import stdha_launch
+
+                stdha_launch.backward(grad, query, key_value, out, made["sums"], *last)
             return list(packed.values())
         tensors = _flash_layout(grad, query, *key_value.unbind(3), out)
         grads = _flash_backward(*tensors, made["sums"])

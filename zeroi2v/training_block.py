@@ -37,6 +37,7 @@ from zeroi2v.block_arithmetic import (
     NUM_FROZEN,
     BlockArithmetic,
     Settings,
+    attends_by_matmul,
     merged_places,
 )
 
@@ -157,7 +158,8 @@ def _kept(x: Tensor, weights: Sequence[Tensor], settings: Settings) -> list[str]
     kept, places = [], [AFTER_FC2]
     if settings.memory != "recompute":
         kept = ["query", "key_value"] if settings.cls_only else ["qkv"]
-        kept += ["attended", "sums", "middle", "fc1", "fc2"]
+        kept += ["attended", "middle", "fc1", "fc2"]
+        kept += [] if attends_by_matmul(x, settings) else ["sums"]
         places = range(4) if settings.memory == "save" else [AFTER_PROJ]
     if len(weights) == NUM_FROZEN:
         return kept

@@ -17,8 +17,7 @@ On the CPU PyTorch's attention is called once over all heads, after moving the k
 the shifted heads alone: 1.04x its time without shifts where the packed tensor may be overwritten,
 1.11x where it may not. A call per group of heads (1.14x) and gathering keys and values of all heads
 by frame index (1.5x) are slower. In bfloat16, on a processor whose products of it are faster than
-that attention, frames go one by one: what a frame's heads read is gathered from where it lies, and
-two batched matrix products follow, on scores that stay in the cache (0.4x the time).
+that attention, the matrix products of `stdha_matmul.py` take 0.6x its time, shifts included.
 
 Source: ZeroI2V (arXiv 2310.01324), section 3.2.
 """
@@ -29,19 +28,20 @@ import functools
 import logging
 from collections.abc import Sequence
 from importlib.util import find_spec
-from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zeroi2v_kernels import stdha_matmul
 from zeroi2v_kernels.stdha_flash import attend_grouped, flash_attention
 
 BACKENDS = ("triton", "flash", "matmul", "sdpa", "reference")
 HALF = (torch.bfloat16, torch.float16)
 TRITON_DTYPES = (*HALF, torch.float32)
 TRITON_WIDTHS = (16, 32, 64, 128)
-MATMUL_TOKENS = 64  # from which `matmul` is the faster one
+# AVX-512's products of bfloat16, and not AMX's tiles.
+HAS_FAST_BF16 = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 HAS_TRITON = find_spec("triton") is not None  # imported when a kernel is first used
 
 log = logging.getLogger(__name__)
@@ -88,8 +88,7 @@ def stdha(
             128, on a CUDA device or in Triton's interpreter. A view whose rows do not start at
             multiples of 16 elements is copied first.
             `flash`: flash-attn 2, 3 or 4, one call per group of heads; half precision, CUDA.
-            `matmul`: matrix products, one frame at a time; has no gradient. In half precision the
-            scores are rounded before the softmax, which itself computes in float32.
+            `matmul`: matrix products, one frame at a time.
             `sdpa`: PyTorch's fused attention, after moving the keys of the shifted heads.
             `reference`: the definition.
         overwrite: allow `qkv` to be modified, which saves `sdpa` a copy; only without autograd.
@@ -163,22 +162,22 @@ def stdha_split(
 def choose_backend(x: Tensor) -> str:
     """The backend that None stands for, by `x`, which is `qkv` or, where kept apart, `query`.
 
-    `triton` for half precision on CUDA; `matmul` for bfloat16 on a CPU which multiplies it but has
-    no tiles for it (PyTorch's attention is fast with those), without autograd, eagerly (a compiler
-    would unroll its loop) and for as many tokens as are worth the calls; else `sdpa`.
+    `triton` for half precision on CUDA; `matmul` where it pays, unless exported; else `sdpa`.
     """
     if x.is_cuda:
         fits = x.dtype in HALF and x.shape[-1] in TRITON_WIDTHS
         return "triton" if fits and HAS_TRITON else "sdpa"
-    fits = x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.shape[2] >= MATMUL_TOKENS
-    eager = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-    return "matmul" if fits and eager and _multiplies_bfloat16() else "sdpa"
+    pays = matmul_pays(x.device, x.dtype, x.shape[2])
+    return "matmul" if pays and not torch.compiler.is_exporting() else "sdpa"
 
 
-@functools.cache
-def _multiplies_bfloat16() -> bool:
-    """Whether the CPU has AVX-512's products of bfloat16, and not AMX's tiles."""
-    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+def matmul_pays(device: torch.device, dtype: torch.dtype, queries: int) -> bool:
+    """Whether backend `matmul` is faster than `sdpa`, for so many queries in a frame.
+
+    That is in bfloat16 on a CPU that multiplies it but has no tiles for it, since with those
+    PyTorch's attention is fast, for as many queries as are worth the calls.
+    """
+    return device.type == "cpu" and dtype == torch.bfloat16 and HAS_FAST_BF16 and queries >= 64
 
 
 def _autocast(*tensors: Tensor) -> list[Tensor]:
@@ -203,7 +202,7 @@ def _attend(
         attend = functools.partial(flash_attention(query.device), softmax_scale=scale)
         return attend_grouped(query, key_value, head_offsets, attend)
     if backend == "matmul":
-        return _attend_by_frame(query, key_value, head_offsets, scale)
+        return stdha_matmul_op(query, key_value, list(head_offsets), scale)
     if overwrite:
         _move_heads_(key_value, key_value, tuple(head_offsets))
     elif any(head_offsets):
@@ -217,30 +216,6 @@ def _attend(
     key, value = key_value.flatten(0, 1).permute(2, 0, 3, 1, 4)  # [B*T, H, N, D] each
     out = F.scaled_dot_product_attention(query, key, value, scale=scale)
     return out.transpose(1, 2).unflatten(0, frames)
-
-
-@torch.no_grad()
-def _attend_by_frame(
-    query: Tensor, key_value: Tensor, head_offsets: Sequence[int], scale: float
-) -> Tensor:
-    """Arguments and result as in `stdha_split`."""
-    clips, num_frames, _, num_heads, width = query.shape
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    gathered = key_value.new_empty(2, num_heads, key_value.shape[2], width)
-    key, value = gathered
-    unused = query.new_empty(())  # what `baddbmm` would add
-    for clip in range(clips):
-        for frame in range(num_frames):
-            first = 0
-            for offset, group in groupby(head_offsets):
-                heads = slice(first, first := first + len(list(group)))
-                source = frame + offset if 0 <= frame + offset < num_frames else frame
-                gathered[:, heads] = key_value[clip, source, :, :, heads].permute(1, 2, 0, 3)
-            asking = query[clip, frame].transpose(0, 1)
-            scores = torch.baddbmm(unused, asking, key.mT, beta=0, alpha=scale)
-            weights = torch.softmax(scores, -1, out=scores)
-            out[clip, frame] = torch.bmm(weights, value).transpose(0, 1)
-    return out
 
 
 @torch.library.custom_op("zeroi2v::stdha", mutates_args=())
@@ -300,6 +275,24 @@ def stdha_split_backward_op(
     return gradients
 
 
+@torch.library.custom_op("zeroi2v::stdha_matmul", mutates_args=())
+def stdha_matmul_op(
+    query: Tensor, key_value: Tensor, head_offsets: list[int], scale: float
+) -> Tensor:
+    """Backend `matmul`: `[B, T, M, H, D]`; arguments as in `stdha_split`."""
+    return stdha_matmul.forward(query, key_value, head_offsets, scale)
+
+
+@torch.library.custom_op("zeroi2v::stdha_matmul_backward", mutates_args=())
+def stdha_matmul_backward_op(
+    grad: Tensor, query: Tensor, key_value: Tensor, head_offsets: list[int], scale: float
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `query` and `key_value`."""
+    gradients = tuple(_fake_gradient(x) for x in (query, key_value))
+    stdha_matmul.backward(grad, query, key_value, *gradients, head_offsets, scale)
+    return gradients
+
+
 def _fake_forward(query: Tensor) -> tuple[Tensor, Tensor]:
     clips, frames, queries, heads, _ = query.shape
     lse = query.new_empty(clips, frames, heads, queries, dtype=torch.float32)
@@ -316,6 +309,11 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*tensors, *output)
 
 
+def _save_inputs(ctx, inputs, output):
+    *tensors, ctx.head_offsets, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
 def _stdha_backward(ctx, grad, _):
     return stdha_backward_op(grad, *ctx.saved_tensors, ctx.head_offsets, ctx.scale), None, None
 
@@ -325,14 +323,24 @@ def _stdha_split_backward(ctx, grad, _):
     return *gradients, None, None
 
 
+def _stdha_matmul_backward(ctx, grad):
+    gradients = stdha_matmul_backward_op(grad, *ctx.saved_tensors, ctx.head_offsets, ctx.scale)
+    return *gradients, None, None
+
+
 stdha_op.register_fake(lambda qkv, *_: _fake_forward(qkv[:, :, :, 0]))
 stdha_split_op.register_fake(lambda query, *_: _fake_forward(query))
 stdha_backward_op.register_fake(lambda grad, qkv, *_: _fake_gradient(qkv))
 stdha_split_backward_op.register_fake(
     lambda grad, query, key_value, *_: (_fake_gradient(query), _fake_gradient(key_value))
 )
+stdha_matmul_op.register_fake(lambda query, *_: query.new_empty(query.shape))
+stdha_matmul_backward_op.register_fake(
+    lambda grad, query, key_value, *_: (_fake_gradient(query), _fake_gradient(key_value))
+)
 stdha_op.register_autograd(_stdha_backward, setup_context=_save)
 stdha_split_op.register_autograd(_stdha_split_backward, setup_context=_save)
+stdha_matmul_op.register_autograd(_stdha_matmul_backward, setup_context=_save_inputs)
 
 
 @torch.library.custom_op("zeroi2v::shift_heads", mutates_args=())
@@ -428,8 +436,6 @@ def _check(
             raise ValueError(f"backend 'triton' needs float32 or half precision: got {x.dtype}")
         if width not in TRITON_WIDTHS:
             raise ValueError(f"backend 'triton' needs heads of {TRITON_WIDTHS}: got {width}")
-    elif backend == "matmul" and torch.is_grad_enabled() and x.requires_grad:
-        raise ValueError(f"backend 'matmul' has no gradient: {name} must not require one")
     elif backend == "flash" and not (x.is_cuda and x.dtype in HALF):
         raise ValueError(
             f"backend 'flash' needs half precision on CUDA: got {x.dtype} on {x.device}"

@@ -238,7 +238,9 @@ def _zero_cost(machines: list[dict], files: Collection[str]) -> str:
         " took before merging. Medians over paired runs, quartiles in brackets. *Error* is that of"
         " the outputs, relative to float64. On a CPU in float32 ours multiplies with oneDNN and"
         " transformers with MKL, as PyTorch does by default: what that gains is in the ratio to"
-        " transformers, but not in the one to the authors' way, which has our linear layers."
+        " transformers, but not in the one to the authors' way, which has our linear layers. Their"
+        " attention rounds its scores in half precision, as ours does not; *fused* in the picture"
+        " is theirs without that."
     )
     parts = ["### Zero cost", text, _sourced(header, rows)]
     parts += _figures(machines, files, "latency", "time of a clip beside CLIP's image model")

@@ -40,6 +40,22 @@ def test_factors_are_applied_on_either_way(sizes, scales):
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_many_rows_are_multiplied_a_part_at_a_time(monkeypatch, dtype):
+    layer = randomize(ScaledLinear(16, 64)).to(dtype)
+    x = torch.randn(2, 19, 16, dtype=dtype)[:, 1:]
+    limit = dict(rtol=2 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+    with torch.no_grad():
+        whole = [layer(x), layer(x, 1.702, 1.702), layer(x, 0.5, 1.0)]
+        monkeypatch.setattr(module, "ROWS", 5)  # 36 rows: seven parts and a last one
+        seen = []
+        count = lambda rows: seen.append(len(rows)) or rows  # noqa: E731
+        assert torch.equal(module._in_parts(count, x), x) and seen == [5] * 7 + [1]
+        for scales, expected in zip([(), (1.702, 1.702), (0.5, 1.0)], whole, strict=True):
+            torch.testing.assert_close(layer(x, *scales), expected, **limit)
+    assert module._in_parts(count, x) is x  # with autograd it is one product
+
+
 def test_only_inference_in_float32_on_the_cpu_goes_to_onednn():
     x = torch.randn(3, 8)
     assert not on_onednn(x)

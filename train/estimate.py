@@ -13,7 +13,7 @@ import ctypes
 import gc
 import json
 import os
-import resource
+import re
 import time
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -25,7 +25,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from train.config import OptimConfig
 from train.engine import DTYPES, build_engine, seed_dropout
@@ -36,9 +35,6 @@ from zeroi2v.training_block import Memory
 GB = 1e9
 SAFE = 0.7
 """Part of the memory up to which an extrapolation is put to the test."""
-HEAP = 1.25
-"""Resident bytes for each that is given out on a CPU; blocks that come and go leave gaps. It is
-1.1 to 2 as the blocks become smaller."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +61,15 @@ def estimate(job: Job, signals: StopSignals) -> int:
     seed_dropout(job.config.run.seed)
     with signals.not_for_children():
         clip, reading = read_clip(job)
+    start = peak_memory(job.device)
     measure_pass(engine, clip, 1, optim)  # makes the optimizer's state
     memory, seconds = measure(engine, clip, optim)
     limit = memory_limit(job.device)
-    peak, computing = memory(clips), seconds(clips)
+    peak, computing = max(start, memory(clips)), seconds(clips)
     is_safe = max(gather(peak)) < SAFE * limit
     if is_safe:
         peak, computing = measure_run(engine, clip, clips, optim)
+        peak = max(start, peak)
     # Workers read while this process computes.
     step = max(computing, reading) if loader.workers else computing + reading
     peak, step = max(gather(peak)), passes * max(gather(step))
@@ -123,39 +121,41 @@ def measure(engine: Any, clip: Tensor, optim: OptimConfig) -> tuple[Cost, Cost]:
 def measure_run(engine: Any, clip: Tensor, count: int, optim: OptimConfig) -> tuple[float, float]:
     """Peak memory in bytes and time in seconds of steps as the run has them, `count` clips at once.
 
-    The peak on a CPU is of all that the process has held so far.
+    The peak is of all that the process has held since the last pass was measured.
     """
     for _ in range(2):
         begun = time.perf_counter()
         run_pass(engine, clip, count, optim)
         seconds = time.perf_counter() - begun
-    if engine.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(), seconds
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, seconds
+    return peak_memory(engine.device), seconds
 
 
 def measure_pass(engine: Any, clip: Tensor, count: int, optim: OptimConfig) -> tuple[float, float]:
     """Peak memory in bytes and time in seconds of the pass of `count` clips that ends a step."""
     if optim.accumulation(dist.get_world_size()) > 1:
         run_pass(engine, clip, 1, optim, last=False)  # whose gradients are kept
-    if engine.device.type == "cuda":
+    forget_peak(engine.device)
+    begun = time.perf_counter()
+    run_pass(engine, clip, count, optim)
+    return peak_memory(engine.device), time.perf_counter() - begun
+
+
+def forget_peak(device: torch.device) -> None:
+    """Has `peak_memory` begin anew, from what is in use."""
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        begun = time.perf_counter()
-        run_pass(engine, clip, count, optim)
-        return torch.cuda.max_memory_allocated(), time.perf_counter() - begun
+        return
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what is free is given back, so that the rest can be counted
-    resident = psutil.Process().memory_info().rss
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        begun = time.perf_counter()
-        run_pass(engine, clip, count, optim)
-        seconds = time.perf_counter() - begun
-    held = peak = 0
-    for event in record.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return resident + HEAP * peak, seconds
+    ctypes.CDLL(None).malloc_trim(0)  # what is free is given back
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes held since `forget_peak`: of the GPU's allocator, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024
 
 
 def run_pass(engine: Any, clip: Tensor, count: int, optim: OptimConfig, last: bool = True) -> None:

@@ -4,9 +4,14 @@ PyTorch multiplies float32 matrices with MKL, which leaves half of an AMD proces
 (100 of 215 GFLOP/s a core on an EPYC of the fifth generation). oneDNN, which PyTorch carries along
 and takes for half precision and convolutions, uses it all, so inference in float32 goes there.
 The results are those of float32 either way.
+
+oneDNN in turn is up to twice as slow where the number of rows is large and a multiple of a prime
+above 256, as it is with 257 tokens a frame. So many rows are multiplied a few thousand at a time.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +25,29 @@ _ONEDNN = (
 )
 
 
+ROWS = 4096
+"""Multiplied at a time on a CPU, for inference."""
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x W^T + b` for `x [..., in]`, `weight [out, in]` and `bias [out]` -> `[..., out]`."""
     if on_onednn(x):
-        return _ONEDNN(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+        return _in_parts(lambda rows: _ONEDNN(rows, weight, bias, "none", [], ""), x)
+    return _in_parts(lambda rows: F.linear(rows, weight, bias), x)
+
+
+def _in_parts(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`product(x)` for `x [..., in]`, of a part of the rows at a time if they are many."""
+    num_rows = x.shape[:-1].numel()
+    eager = not (torch.compiler.is_compiling() or torch.is_grad_enabled())
+    if num_rows <= ROWS or not eager or x.device.type != "cpu":
+        return product(x)
+    out = None
+    for i, rows in enumerate(x.reshape(num_rows, -1).split(ROWS)):
+        part = product(rows)
+        out = part.new_empty(num_rows, part.shape[-1]) if out is None else out
+        out[i * ROWS : i * ROWS + len(rows)] = part
+    return out.view(*x.shape[:-1], -1)
 
 
 def on_onednn(x: Tensor) -> bool:
@@ -61,6 +84,6 @@ def scaled_linear(
         if weight.shape[1] < weight.shape[0]:
             return linear(x * input_scale, weight, bias * bias_scale)
         return linear(x, weight, bias * (bias_scale / input_scale)).mul_(input_scale)
-    rows = x.flatten(0, -2)
-    out = torch.addmm(bias, rows, weight.t(), beta=bias_scale, alpha=input_scale)
+    scales = dict(beta=bias_scale, alpha=input_scale)
+    out = _in_parts(lambda rows: torch.addmm(bias, rows, weight.t(), **scales), x.flatten(0, -2))
     return out.unflatten(0, x.shape[:-1])

@@ -47,6 +47,7 @@ def test_many_rows_are_multiplied_a_part_at_a_time(monkeypatch, dtype):
     limit = dict(rtol=2 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
     with torch.no_grad():
         whole = [layer(x), layer(x, 1.702, 1.702), layer(x, 0.5, 1.0)]
+        monkeypatch.setattr(module, "MANY", 35)
         monkeypatch.setattr(module, "ROWS", 5)  # 36 rows: seven parts and a last one
         seen = []
         count = lambda rows: seen.append(len(rows)) or rows  # noqa: E731

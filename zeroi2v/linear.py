@@ -6,7 +6,7 @@ and takes for half precision and convolutions, uses it all, so inference in floa
 The results are those of float32 either way.
 
 oneDNN in turn is up to twice as slow where the number of rows is large and a multiple of a prime
-above 256, as it is with 257 tokens a frame. So many rows are multiplied a few thousand at a time.
+above 256, as it is with 257 tokens a frame. So many rows are multiplied a part at a time.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _ONEDNN = (
 )
 
 
-ROWS = 4096
-"""Multiplied at a time on a CPU, for inference."""
+MANY, ROWS = 8192, 512
+"""Rows, on a CPU and for inference, above which `ROWS` of them are multiplied at a time."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -40,7 +40,7 @@ def _in_parts(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`product(x)` for `x [..., in]`, of a part of the rows at a time if they are many."""
     num_rows = x.shape[:-1].numel()
     eager = not (torch.compiler.is_compiling() or torch.is_grad_enabled())
-    if num_rows <= ROWS or not eager or x.device.type != "cpu":
+    if num_rows <= MANY or not eager or x.device.type != "cpu":
         return product(x)
     out = None
     for i, rows in enumerate(x.reshape(num_rows, -1).split(ROWS)):

@@ -76,6 +76,7 @@ def summary(times: list[float], baseline: list[float]) -> dict:
     ratios = [a / b for a, b in zip(times, baseline, strict=True)]
     for name, values in (("seconds", times), ("ratio", ratios)):
         low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+        low, high = max(low, min(values)), min(high, max(values))  # of two, else outside of both
         row |= {name: statistics.median(values), f"{name}_quartiles": [low, high]}
     return row
 

@@ -146,6 +146,7 @@ def test_contestants_take_turns_and_a_ratio_is_of_one_round():
     assert seconds == {name: [1, 1, 1] for name in "abc"}
     row = measure.summary([2.0, 20.0, 3.0], [1.0, 10.0, 1.0])  # the second round was disturbed
     assert row["ratio"] == 2 and row["ratio_quartiles"] == [2, 3] and row["seconds"] == 3
+    assert measure.summary([2.0, 4.0], [1.0, 1.0])["ratio_quartiles"] == [2, 4]
 
 
 def test_rounds_fill_the_budget_within_bounds(monkeypatch):

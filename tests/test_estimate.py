@@ -25,19 +25,28 @@ def data(tmp_path_factory) -> Path:
     return make_data(tmp_path_factory.mktemp("data"))
 
 
+def believe_extrapolation() -> None:
+    train.estimate.SAFE = 0.0
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("memory", ["save", "recompute"])
 def test_estimated_memory_is_within_15_percent_of_the_runs(data, tmp_path, size, memory):
-    """Each in a process of its own, which tells its peak at the end."""
+    """Measured or extrapolated. Each in a process of its own, which tells its peak at the end."""
     words = arguments(data, tmp_path / "run", *SIZES[size], *COMMON, f"optim.memory={memory}")
-    with Ranks([*words, "--dry-run"], count=1, output=tmp_path / "dry.txt") as ranks:
-        assert ranks.wait(200) == [0], ranks.text()
-        estimate = json.loads(ranks.text().splitlines()[-2])
-    assert not (tmp_path / "run").exists() and estimate["fits"]
+    estimates = []
+    for before in (None, believe_extrapolation):
+        output = tmp_path / f"dry-{before}.txt"
+        with Ranks([*words, "--dry-run"], count=1, output=output, before=before) as ranks:
+            assert ranks.wait(200) == [0], ranks.text()
+            assert ("extrapolated" in ranks.text()) == (before is not None)
+            estimates.append(json.loads(ranks.text().splitlines()[-2]))
+    assert not (tmp_path / "run").exists()
     with Ranks(words, count=1, output=tmp_path / "run.txt") as ranks:
         assert ranks.wait(200) == [0], ranks.text()
         peak = int(re.search(r"peak (\d+) bytes", ranks.text())[1])
-    assert estimate["memory_gb"] * 1e9 == pytest.approx(peak, rel=0.15)
+    for estimate in estimates:
+        assert estimate["fits"] and estimate["memory_gb"] * 1e9 == pytest.approx(peak, rel=0.15)
 
 
 def test_dry_run_prints_config_counts_steps_memory_and_time(data, tmp_path, capsys):

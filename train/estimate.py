@@ -1,6 +1,6 @@
 """What a run will take of memory and time, told before it starts: `train/main.py --dry-run`.
 
-Steps of one clip and of two at once are measured, with the real model, engine, optimizer and
+Steps of one clip and of three at once are measured, with the real model, engine, optimizer and
 loaders, and what a clip adds is extrapolated to the run's own number. If that is well within
 memory, two steps of that size are measured instead of believed; if it is not, changes are proposed,
 from measurements, that make the run fit.
@@ -113,8 +113,13 @@ def read_clip(job: Job) -> tuple[Tensor, float]:
 
 def measure(engine: Any, clip: Tensor, optim: OptimConfig) -> tuple[Cost, Cost]:
     """Peak memory in bytes and time in seconds of a forward and backward pass, by its clips."""
-    ones, twos = (measure_pass(engine, clip, count, optim) for count in (1, 2))
-    memory, seconds = (Cost(2 * a - b, b - a) for a, b in zip(ones, twos, strict=True))
+    ones = measure_pass(engine, clip, 1, optim)
+    more = 2 if max(gather(3 * ones[0])) < memory_limit(engine.device) else 1
+    slopes = [
+        (b - a) / more
+        for a, b in zip(ones, measure_pass(engine, clip, 1 + more, optim), strict=True)
+    ]
+    memory, seconds = (Cost(a - slope, slope) for a, slope in zip(ones, slopes, strict=True))
     return memory, seconds
 
 

@@ -38,9 +38,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _in_parts(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`product(x)` for `x [..., in]`, of a part of the rows at a time if they are many."""
-    num_rows = x.shape[:-1].numel()
-    eager = not (torch.compiler.is_compiling() or torch.is_grad_enabled())
-    if num_rows <= MANY or not eager or x.device.type != "cpu":
+    # A program that is traced must not depend on the number of rows: it is asked last.
+    traced = torch.compiler.is_compiling() or torch.is_grad_enabled()
+    if traced or x.device.type != "cpu" or (num_rows := x.shape[:-1].numel()) <= MANY:
         return product(x)
     out = None
     for i, rows in enumerate(x.reshape(num_rows, -1).split(ROWS)):

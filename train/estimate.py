@@ -124,10 +124,8 @@ def measure(engine: Any, clip: Tensor, optim: OptimConfig) -> tuple[Cost, Cost]:
 
 
 def measure_run(engine: Any, clip: Tensor, count: int, optim: OptimConfig) -> tuple[float, float]:
-    """Peak memory in bytes and time in seconds of steps as the run has them, `count` clips at once.
-
-    The peak is of all that the process has held since the last pass was measured.
-    """
+    """Peak memory in bytes and time in seconds of steps of `count` clips at once, as in the run."""
+    forget_peak(engine.device)
     for _ in range(2):
         begun = time.perf_counter()
         run_pass(engine, clip, count, optim)

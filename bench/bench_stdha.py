@@ -123,8 +123,8 @@ def line_up(
         name: partial(stdha, head_offsets=offsets, backend=name)
         for name in ("sdpa", "matmul", "triton")
     }
-    functions = {PLAIN: partial(stdha, head_offsets=none, backend="sdpa"), "sdpa": ours["sdpa"]}
-    functions["matmul"] = ours["matmul"]
+    functions = {PLAIN: partial(stdha, head_offsets=none, backend="sdpa")}
+    functions |= {name: ours[name] for name in ("sdpa", "matmul")}
     functions["reference"] = partial(stdha_reference, head_offsets=offsets)
     absent = {}
     half = qkv.dtype != torch.float32

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from rounding import assert_within_budget
 from torch.utils.flop_counter import FlopCounterMode
-from triton_ops import DEVICE, assert_within_budget, poisoned
+from triton_ops import DEVICE, poisoned
 from zeroi2v_kernels import adapter_linear as module
 from zeroi2v_kernels.adapter_linear import (
     Adapter,

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from triton_ops import DEVICE, DTYPES, assert_within_budget, poisoned
+from rounding import assert_within_budget
+from triton_ops import DEVICE, DTYPES, poisoned
 from zeroi2v_kernels.norm import (
     add_layer_norm,
     add_layer_norm_reference,

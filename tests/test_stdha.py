@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from attention import packed_attention
+from rounding import assert_within_budget
 from zeroi2v_kernels.stdha import (
     shift_heads,
     shift_heads_backward,
@@ -141,11 +143,19 @@ def test_wrong_arguments_are_refused():
         stdha(qkv, (0,) * 4, backend="x")
 
 
-def test_the_definition_rounds_like_any_attention_in_bf16():
-    qkv = random_qkv(4, 3, tokens=17, dim=16)
-    oracle = stdha_reference(qkv, (1, -1, 0))
-    error = (stdha_reference(qkv.bfloat16(), (1, -1, 0)).double() - oracle).abs().max()
-    eps = torch.finfo(torch.bfloat16).eps
-    for backend in ("sdpa", "matmul"):
-        out = stdha(qkv.bfloat16(), (1, -1, 0), backend=backend).double()
-        assert (out - oracle).abs().max() <= 2 * (error + eps * oracle.abs().max())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["sdpa", "matmul", "reference"])
+def test_backends_of_the_cpu_err_by_rounding_alone(backend, dtype):
+    qkv, offsets = random_qkv(4, 3, tokens=70, dim=16).to(dtype), (1, -1, 0)
+    assert_within_budget(
+        lambda x: stdha(x, offsets, backend=backend), lambda x: packed_attention(x, offsets), [qkv]
+    )
+
+
+def test_the_definition_of_the_budgets_is_the_op_s():
+    qkv, offsets = random_qkv(4, 3).requires_grad_(), (1, -1, 0)
+    expected, out = stdha_reference(qkv, offsets, 0.3), packed_attention(qkv, offsets, 0.3)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    weight = torch.randn_like(out)
+    gradients = [torch.autograd.grad(x, qkv, weight)[0] for x in (out, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)

@@ -217,7 +217,7 @@ def write_predictions(
             line["probability"] = round(float(top.values[0]), 6)
             line["top5"] = top.indices.tolist()
         else:
-            line["error"] = bad_files[sample.path]
+            line["error"] = bad_files[sample.name]
         lines.append(json.dumps(line) + "\n")
     write_whole(path, "".join(lines))
 

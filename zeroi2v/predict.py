@@ -107,7 +107,7 @@ def predict_each(
             if i in rows:
                 yield {"path": path, "topk": _top(rows[i], topk, config.labels)}
             else:
-                yield {"path": path, "error": loader.bad_files[path]}
+                yield {"path": path, "error": loader.bad_files[samples[i].name]}
         done += len(batch.index)
 
 

@@ -8,11 +8,13 @@ import pytest
 import torch
 from models import build, small_config
 from torch import nn
-from videos import write_numbered
+from videos import numbered_frame, write_numbered, write_video
 
 from zeroi2v import cli, evaluate, merge
+from zeroi2v.checkpoint import load
 from zeroi2v.data.annotations import read_list
 from zeroi2v.data.pipeline import ClipLoader
+from zeroi2v.predict import predict_each
 
 LABELS = tuple(f"class {i}" for i in range(11))
 VIDEOS = 6
@@ -133,7 +135,7 @@ def test_the_model_is_called_in_eval_mode_in_its_dtype_and_given_back_as_it_was(
 def test_the_command_writes_the_figures_of_its_views(place, tmp_path, capsys):
     out = tmp_path / "new" / "eval.json"
     words = ["--list", place / "mixed.txt", "--root", place, "--views", "2x3", "--out", out]
-    assert run([place / "adapted", *words]) == 0
+    assert run([place / "adapted", *words, "--max-bad-fraction", "0.2"]) == 0
     printed = capsys.readouterr().out
     assert "1 undecodable, left out" in printed
     assert f"can't be decoded: {place / 'bad.mp4'}" in printed
@@ -189,6 +191,7 @@ def test_a_run_folder_means_its_best_model(place, tmp_path, capsys):
         (["adapted", "--list", "good.txt", "--views", "2x2"], "--views must be CLIPSxCROPS"),
         (["adapted", "--list", "good.txt", "--batch-size", "0"], "batch_size must be at least 1"),
         (["adapted", "--list", "good.txt", "--workers", "-1"], "workers must not be negative"),
+        (["adapted", "--list", "good.txt", "--max-bad-fraction", "7"], "must be in [0, 1]: got 7"),
         (["adapted", "--list", "good.txt", "--out", "."], "--out must be a .json file"),
         (["adapted", "--list", "good.txt", "--out", "good.txt/x.json"], "--out can't be written"),
     ],
@@ -209,6 +212,56 @@ def test_a_list_without_any_decodable_video_has_no_accuracy(place, tmp_path, cap
     assert run([place / "adapted", "--list", tmp_path / "list.txt", "--root", place]) == 1
     captured = capsys.readouterr()
     assert "bad.mp4" in captured.out and "at least one clip that can be decoded" in captured.err
+
+
+def test_more_bad_videos_than_the_limit_are_a_failure_that_says_how_to_go_on(
+    place, tmp_path, capsys
+):
+    words = [place / "adapted", "--list", place / "mixed.txt", "--root", place]
+    assert run([*words, "--out", tmp_path / "eval.json"]) == 1
+    captured = capsys.readouterr()
+    assert f"can't be decoded: {place / 'bad.mp4'}" in captured.out and "top-1" in captured.out
+    assert json.loads((tmp_path / "eval.json").read_text())["n"] == VIDEOS  # the work is kept
+    assert captured.err.count("\n") == 1
+    for part in ("--max-bad-fraction 0.01 of 7: got 1", "raise --max-bad-fraction"):
+        assert part in captured.err
+    for limit, status in ((1 / 7, 0), (0.1, 1)):
+        assert run([*words, "--max-bad-fraction", limit]) == status
+
+
+@pytest.fixture
+def gap(tmp_path):
+    """A CSV of a film with frames in seconds 0 to 2 and 60 to 62: two of its five parts have none,
+    and one file is not there, whose part stands twice."""
+    times = [90_000 * second // 10 for second in (*range(20), *range(600, 620))]
+    images = [numbered_frame(i, 48, 64) for i in range(40)]
+    write_video(tmp_path / "gap.mkv", images, times=times)
+    spans = ["gap.mkv,0,0,2", "gap.mkv,1,12,16", "gap.mkv,2,20.25,24", "gap.mkv,3,60,62"]
+    (tmp_path / "parts.csv").write_text(
+        "\n".join(["path,label,start,end", *spans, "gone.mp4,1,0,2", "gone.mp4,1,0,2"])
+    )
+    return tmp_path
+
+
+def test_each_part_of_a_film_has_its_own_reason_and_counts_as_a_sample(place, gap, capsys):
+    out = gap / "eval.json"
+    words = [place / "adapted", "--list", gap / "parts.csv", "--root", gap, "--out", out]
+    assert run(words) == 1
+    captured = capsys.readouterr()
+    assert "of 6: got 4, named above" in captured.err  # four samples of two files
+    reasons = [line for line in captured.out.splitlines() if line.startswith("can't be decoded")]
+    assert "from 12.0 to 16.0 s" in reasons[0] and "from 20.25 to 24.0 s" in reasons[1]
+    lines = [json.loads(line) for line in (gap / "eval_predictions.jsonl").open()]
+    assert ["error" in line for line in lines] == [False, True, True, False, True, True]
+    for line, span in ((lines[1], "from 12.0 to 16.0 s"), (lines[2], "from 20.25 to 24.0 s")):
+        assert span in line["error"]
+
+
+def test_each_part_of_a_film_is_predicted_with_its_own_reason(place, gap):
+    results = list(predict_each(load(place / "adapted"), read_list(gap / "parts.csv", gap)))
+    errors = [result.get("error", "") for result in results]
+    for error, span in zip(errors, ("", "12.0 to 16.0", "20.25 to 24.0", ""), strict=False):
+        assert span in error and bool(error) == bool(span)
 
 
 def test_a_confusion_matrix_without_labels_or_with_many_classes_can_be_drawn(tmp_path):

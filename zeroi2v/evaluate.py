@@ -2,6 +2,7 @@
 
     python -m zeroi2v.evaluate FOLDER --list FILE --root DIR [--views 3x1] [--out JSON]
 
+What can't be decoded is named and left out; more of it than `--max-bad-fraction` is a failure.
 `predict_views` and `metrics` are what validation during training, `evaluate` and `predict` share.
 """
 
@@ -124,9 +125,18 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="videos at once (default: 8)")
     parser.add_argument("--workers", type=int, help="decoding processes (default: by the machine)")
     parser.add_argument(
+        "--max-bad-fraction",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="share of the list that may fail to decode (default: 0.01)",
+    )
+    parser.add_argument(
         "--out", help="JSON file of the figures; predictions and confusion matrix go beside it"
     )
     args = parser.parse_args(argv)
+    if not 0 <= args.max_bad_fraction <= 1:
+        raise ValueError(f"--max-bad-fraction must be in [0, 1]: got {args.max_bad_fraction:g}")
 
     device = default_device()
     source = fetch(args.model)
@@ -164,20 +174,26 @@ def main(argv: list[str]) -> None:
     for key, title in (("top1", "top-1"), ("top5", "top-5"), ("mean_class", "mean class")):
         if figures[key] is not None:
             print(f"{title:<12} {figures[key]:6.2f} %")
-    if out is None:
-        return
-    write_predictions(beside(out, "predictions.jsonl"), samples, index, probs, loader.bad_files)
-    draw_confusion(beside(out, "confusion.png"), figures["confusion"], config.labels)
-    report = {
-        "model": str(name),
-        "list": args.list,
-        "views": list(views),
-        **figures,
-        "undecodable": loader.bad_files,
-        "labels": config.labels,
-    }
-    write_whole(out, json.dumps(report, indent=1) + "\n")
-    print(f"written      {out}, {beside(out, 'predictions.jsonl')}, {beside(out, 'confusion.png')}")
+    if out is not None:
+        write_predictions(beside(out, "predictions.jsonl"), samples, index, probs, loader.bad_files)
+        draw_confusion(beside(out, "confusion.png"), figures["confusion"], config.labels)
+        report = {
+            "model": str(name),
+            "list": args.list,
+            "views": list(views),
+            **figures,
+            "undecodable": loader.bad_files,
+            "labels": config.labels,
+        }
+        write_whole(out, json.dumps(report, indent=1) + "\n")
+        beside_it = beside(out, "predictions.jsonl"), beside(out, "confusion.png")
+        print(f"written      {out}, {beside_it[0]}, {beside_it[1]}")
+    if undecodable > args.max_bad_fraction * len(samples):
+        raise ValueError(
+            f"bad videos must be at most --max-bad-fraction {args.max_bad_fraction:g} of "
+            f"{len(samples)}: got {undecodable}, named above; leave them out of the list, or "
+            "raise --max-bad-fraction if the rest is what you mean to measure"
+        )
 
 
 def parse_views(text: str) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from models import build, small_config
 from torch import nn
 from videos import numbered_frame, write_numbered, write_video
 
-from zeroi2v import cli, evaluate, merge
+from zeroi2v import cli, evaluate, figures, merge
 from zeroi2v.checkpoint import load
 from zeroi2v.data.annotations import read_list
 from zeroi2v.data.pipeline import ClipLoader
@@ -60,14 +61,14 @@ def test_metrics_count_by_hand():
         ]
     )
     probs = torch.zeros(6, 6).scatter(1, order, torch.linspace(0.3, 0.05, 6).expand(6, 6))
-    figures = evaluate.metrics(probs, labels)
-    assert figures["top1"] == pytest.approx(100 * 3 / 6)
-    assert figures["top5"] == pytest.approx(100 * 5 / 6)
-    assert figures["mean_class"] == pytest.approx(100 * (2 / 3 + 1 + 0) / 3)
-    assert figures["n"] == 6
+    found = evaluate.metrics(probs, labels)
+    assert found["top1"] == pytest.approx(100 * 3 / 6)
+    assert found["top5"] == pytest.approx(100 * 5 / 6)
+    assert found["mean_class"] == pytest.approx(100 * (2 / 3 + 1 + 0) / 3)
+    assert found["n"] == 6
     expected = torch.zeros(6, 6, dtype=torch.int64)
     expected[0, 0], expected[0, 1], expected[1, 1], expected[5, 0] = 2, 1, 1, 2
-    assert figures["confusion"] == expected.tolist()
+    assert found["confusion"] == expected.tolist()
 
 
 def test_top5_is_none_below_five_classes():
@@ -264,11 +265,44 @@ def test_each_part_of_a_film_is_predicted_with_its_own_reason(place, gap):
         assert span in error and bool(error) == bool(span)
 
 
-def test_a_confusion_matrix_without_labels_or_with_many_classes_can_be_drawn(tmp_path):
-    for size in (2, 174):
-        path = tmp_path / f"{size}.png"
-        evaluate.draw_confusion(path, torch.eye(size, dtype=torch.int64).tolist(), ())
-        assert path.stat().st_size > 1000
+@pytest.mark.parametrize("size", [2, 7, 15, 20, 51, 52, 174, 400])
+def test_names_in_a_confusion_matrix_are_apart_and_of_one_size_for_any_number(
+    size, tmp_path, monkeypatch
+):
+    drawn = []
+    save = figures.save_figure
+    monkeypatch.setattr(figures, "save_figure", lambda f, p: drawn.append(f) or save(f, p))
+    labels = tuple(f"pretending to put $something$ number {i} onto something" for i in range(size))
+    confusion = (1000 * torch.eye(size, dtype=torch.int64)).tolist()
+    confusion[0][1] = 321
+    figures.draw_confusion(tmp_path / "x.png", confusion, labels)
+    (figure,) = drawn
+    axes = figure.axes[0]
+    page = figure.bbox
+    assert page.width <= 11 * figure.dpi and page.height <= 13 * figure.dpi
+    for ticks, low, high in (
+        (axes.get_xticklabels(), "x0", "x1"), (axes.get_yticklabels(), "y0", "y1")
+    ):  # fmt: skip
+        boxes = sorted((t.get_window_extent() for t in ticks), key=lambda box: getattr(box, low))
+        assert len(boxes) == size if size <= 51 else len(boxes) in (26, 44, 50)
+        for box, following in pairwise(boxes):
+            assert getattr(box, high) <= getattr(following, low)
+        for tick, box in zip(ticks, boxes, strict=True):
+            assert tick.get_fontsize() == 8
+            assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= page.x1 and box.y1 <= page.y1
+    assert [t.get_text().startswith("Strongest") for t in figure.texts] == [True] * (size > 51)
+    if size > 51:
+        box = figure.texts[0].get_window_extent()
+        assert "\n321 of 1321   pretending" in figure.texts[0].get_text()
+        assert box.y0 >= 0 and box.x1 <= page.x1
+        assert box.y1 <= axes.get_tightbbox().y0
+
+
+def test_strongest_confusions_are_in_order_and_no_right_answer_is_one():
+    confusion = [[9, 1, 0], [5, 2, 0], [0, 0, 0]]
+    assert figures.strongest_confusions(confusion, ("a", "b", "c")) == [
+        "5 of 7   b → a", "1 of 10   a → b",
+    ]  # fmt: skip
 
 
 def test_views_of_the_model_are_the_default(place):

@@ -27,6 +27,7 @@ from zeroi2v.cli import run
 from zeroi2v.data.annotations import Sample, read_list
 from zeroi2v.data.pipeline import ClipLoader
 from zeroi2v.deployed import load_deployed
+from zeroi2v.figures import draw_confusion
 from zeroi2v.model import VideoViT
 
 
@@ -236,49 +237,6 @@ def write_predictions(
             line["error"] = bad_files[sample.name]
         lines.append(json.dumps(line) + "\n")
     write_whole(path, "".join(lines))
-
-
-def draw_confusion(path: Path, confusion: list[list[int]], labels: tuple[str, ...]) -> None:
-    """Draws the confusion matrix, rows as percent of the true class, to PNG `path`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    counts = torch.tensor(confusion, dtype=torch.float64)
-    share = 100 * counts / counts.sum(1, keepdim=True).clamp_min(1)
-    size = len(confusion)
-    side = min(16.0, 3.5 + 0.25 * min(size, 15) + 0.15 * max(0, size - 15))
-    figure, axes = pyplot.subplots(figsize=(side + 0.8, side), layout="constrained")
-    picture = axes.imshow(share.numpy(), vmin=0, vmax=100, cmap="Blues")
-    figure.colorbar(picture, label="% of the true class", shrink=0.8)
-    if size <= 60:
-        names = labels or [str(i) for i in range(size)]
-        axes.set_xticks(range(size), names, rotation=90 if size > 8 else 0, fontsize=8)
-        axes.set_yticks(range(size), names, fontsize=8)
-    if size <= 15:
-        for row in range(size):
-            for column in range(size):
-                axes.text(
-                    column,
-                    row,
-                    str(confusion[row][column]),
-                    ha="center",
-                    va="center",
-                    color="white" if share[row, column] > 55 else "black",
-                )
-    axes.set(xlabel="predicted class", ylabel="true class")
-    save_figure(figure, path)
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Saves a figure of pyplot's as PNG `path`, which is there whole or not at all; closes it."""
-    from matplotlib import pyplot
-
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=120, format="png")
-    pyplot.close(figure)
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

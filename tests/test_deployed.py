@@ -22,7 +22,7 @@ from zeroi2v import cli, evaluate, export, predict, reparam
 from zeroi2v.capture import record
 from zeroi2v.data.decode import read_frames
 from zeroi2v.deployed import load_deployed
-from zeroi2v.timeline import draw_timeline, duration, timeline
+from zeroi2v.timeline import draw_timeline, timeline
 
 ROOT = Path(__file__).parents[1]
 PICTURES = ("one", "none", "many")
@@ -259,7 +259,7 @@ def test_timeline_sees_what_is_in_each_window(place, tmp_path):
     spans = [{"start": i, "end": i + 1.0} for i in range(31)]
     top = [{"topk": [{"label": name, "probability": 0.5}]} for name in names]
     many = [span | found for span, found in zip(spans, [*top, {"error": "damaged"}], strict=True)]
-    result = {"path": "x.mp4", "seconds": 31.0, "windows": many}
+    result = {"path": "x.mp4", "seconds": 31.0, "window": 1.0, "stride": 1.0, "windows": many}
     draw_timeline(result, tmp_path / "many.png")
     draw_timeline(result | {"windows": many[-1:]}, tmp_path / "none.png")
     height = [struct.unpack(">I", (tmp_path / f"{n}.png").read_bytes()[20:24])[0] for n in PICTURES]
@@ -269,7 +269,7 @@ def test_timeline_sees_what_is_in_each_window(place, tmp_path):
         with pytest.raises(ValueError, match="window and stride must be positive seconds"):
             timeline(model, video, window, stride)
     with pytest.raises(ValueError, match="none.mp4"):
-        duration(str(tmp_path / "none.mp4"))
+        timeline(model, str(tmp_path / "none.mp4"))
 
 
 def test_every_file_of_the_clips_has_a_result_or_a_reason(place, clips, tmp_path, capsys):

@@ -9,7 +9,15 @@ from models import build, small_config
 from safetensors.torch import load_file, save_file
 
 from zeroi2v import VideoViT, merge
-from zeroi2v.checkpoint import CONFIG, WEIGHTS, load, load_backbone, model_folder, save
+from zeroi2v.checkpoint import (
+    CONFIG,
+    WEIGHTS,
+    load,
+    load_backbone,
+    model_folder,
+    save,
+    weights_hash,
+)
 from zeroi2v.config import ModelConfig
 
 
@@ -237,3 +245,24 @@ def test_a_pickle_that_would_run_code_is_refused_unexecuted(tmp_path):
 def test_config_round_trips_through_json():
     for config in (small_config(), small_config(adapter=None, labels=tuple("abcdefghijk"))):
         assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_the_hash_of_weights_is_of_names_dtypes_shapes_and_values(tmp_path):
+    model = build(small_config())
+    model.save_pretrained(tmp_path / "saved")
+    state = model.state_dict()
+    whole = weights_hash(state)
+    assert weights_hash(dict(reversed(load(tmp_path / "saved").state_dict().items()))) == whole
+    name = "head.weight"
+    (tensor, rest) = state[name], {n: t for n, t in state.items() if n != name}
+    bumped = tensor.clone()
+    bumped[-1, -1] += 1e-6
+    others = [
+        rest,
+        rest | {"head.weights": tensor},
+        rest | {name: tensor.reshape(-1)},
+        rest | {name: tensor.view(torch.int32)},
+        rest | {name: tensor.bfloat16()},
+        rest | {name: bumped},
+    ]
+    assert len({whole, *map(weights_hash, others)}) == 7

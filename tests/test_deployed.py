@@ -1,6 +1,7 @@
 """The same answers from every artefact; folders, lists, pipes, cameras, long and broken videos."""
 
 import dataclasses
+import hashlib
 import io
 import json
 import struct
@@ -21,7 +22,7 @@ from zeroi2v import cli, evaluate, export, predict, reparam
 from zeroi2v.capture import record
 from zeroi2v.data.decode import read_frames
 from zeroi2v.deployed import load_deployed
-from zeroi2v.timeline import draw_timeline, duration, timeline
+from zeroi2v.timeline import draw_timeline, timeline
 
 ROOT = Path(__file__).parents[1]
 PICTURES = ("one", "none", "many")
@@ -182,12 +183,22 @@ def test_batch_run_writes_as_it_goes_and_resumes(place, tmp_path, capsys, monkey
     assert run(*words) == 1 and len(asked) == 2  # nothing is left to do; the bad one still counts
     assert "1 of 4 files" in capsys.readouterr().err
     assert run(place / "run", place / "videos", "--out", out) == 1
-    assert "holds results of" in capsys.readouterr().err
+    assert "holds results of weights" in capsys.readouterr().err
     out.write_text("other\n")
     assert run(*words) == 1 and out.read_text() == "other\n"
     assert "holds other than results: line 1" in capsys.readouterr().err
     assert run(place / "merged", place / "videos", "--out", tmp_path / "x.json") == 1
     assert "--out must be a .jsonl file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("artefact", ["model.onnx", "model.pt2"])
+def test_results_of_a_file_carry_the_hash_of_its_content(place, artefact, tmp_path, capsys):
+    out, video = tmp_path / "all.jsonl", place / "videos" / "a.mp4"
+    assert run(place / artefact, video, "--out", out) == 0
+    content = hashlib.sha256((place / artefact).read_bytes()).hexdigest()
+    assert json.loads(out.read_text())["settings"]["weights"] == content[:16]
+    assert run(place / "merged", video, "--out", out) == 1
+    assert "holds results of weights" in capsys.readouterr().err
 
 
 def test_pipe_is_read_to_its_end(place, capsys, monkeypatch):
@@ -248,7 +259,7 @@ def test_timeline_sees_what_is_in_each_window(place, tmp_path):
     spans = [{"start": i, "end": i + 1.0} for i in range(31)]
     top = [{"topk": [{"label": name, "probability": 0.5}]} for name in names]
     many = [span | found for span, found in zip(spans, [*top, {"error": "damaged"}], strict=True)]
-    result = {"path": "x.mp4", "seconds": 31.0, "windows": many}
+    result = {"path": "x.mp4", "seconds": 31.0, "window": 1.0, "stride": 1.0, "windows": many}
     draw_timeline(result, tmp_path / "many.png")
     draw_timeline(result | {"windows": many[-1:]}, tmp_path / "none.png")
     height = [struct.unpack(">I", (tmp_path / f"{n}.png").read_bytes()[20:24])[0] for n in PICTURES]
@@ -258,7 +269,7 @@ def test_timeline_sees_what_is_in_each_window(place, tmp_path):
         with pytest.raises(ValueError, match="window and stride must be positive seconds"):
             timeline(model, video, window, stride)
     with pytest.raises(ValueError, match="none.mp4"):
-        duration(str(tmp_path / "none.mp4"))
+        timeline(model, str(tmp_path / "none.mp4"))
 
 
 def test_every_file_of_the_clips_has_a_result_or_a_reason(place, clips, tmp_path, capsys):

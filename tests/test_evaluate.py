@@ -2,17 +2,20 @@
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
 from models import build, small_config
 from torch import nn
-from videos import write_numbered
+from videos import numbered_frame, write_numbered, write_video
 
-from zeroi2v import cli, evaluate, merge
+from zeroi2v import cli, evaluate, figures, merge
+from zeroi2v.checkpoint import load
 from zeroi2v.data.annotations import read_list
 from zeroi2v.data.pipeline import ClipLoader
+from zeroi2v.predict import predict_each
 
 LABELS = tuple(f"class {i}" for i in range(11))
 VIDEOS = 6
@@ -58,14 +61,14 @@ def test_metrics_count_by_hand():
         ]
     )
     probs = torch.zeros(6, 6).scatter(1, order, torch.linspace(0.3, 0.05, 6).expand(6, 6))
-    figures = evaluate.metrics(probs, labels)
-    assert figures["top1"] == pytest.approx(100 * 3 / 6)
-    assert figures["top5"] == pytest.approx(100 * 5 / 6)
-    assert figures["mean_class"] == pytest.approx(100 * (2 / 3 + 1 + 0) / 3)
-    assert figures["n"] == 6
+    found = evaluate.metrics(probs, labels)
+    assert found["top1"] == pytest.approx(100 * 3 / 6)
+    assert found["top5"] == pytest.approx(100 * 5 / 6)
+    assert found["mean_class"] == pytest.approx(100 * (2 / 3 + 1 + 0) / 3)
+    assert found["n"] == 6
     expected = torch.zeros(6, 6, dtype=torch.int64)
     expected[0, 0], expected[0, 1], expected[1, 1], expected[5, 0] = 2, 1, 1, 2
-    assert figures["confusion"] == expected.tolist()
+    assert found["confusion"] == expected.tolist()
 
 
 def test_top5_is_none_below_five_classes():
@@ -133,7 +136,7 @@ def test_the_model_is_called_in_eval_mode_in_its_dtype_and_given_back_as_it_was(
 def test_the_command_writes_the_figures_of_its_views(place, tmp_path, capsys):
     out = tmp_path / "new" / "eval.json"
     words = ["--list", place / "mixed.txt", "--root", place, "--views", "2x3", "--out", out]
-    assert run([place / "adapted", *words]) == 0
+    assert run([place / "adapted", *words, "--max-bad-fraction", "0.2"]) == 0
     printed = capsys.readouterr().out
     assert "1 undecodable, left out" in printed
     assert f"can't be decoded: {place / 'bad.mp4'}" in printed
@@ -189,6 +192,7 @@ def test_a_run_folder_means_its_best_model(place, tmp_path, capsys):
         (["adapted", "--list", "good.txt", "--views", "2x2"], "--views must be CLIPSxCROPS"),
         (["adapted", "--list", "good.txt", "--batch-size", "0"], "batch_size must be at least 1"),
         (["adapted", "--list", "good.txt", "--workers", "-1"], "workers must not be negative"),
+        (["adapted", "--list", "good.txt", "--max-bad-fraction", "7"], "must be in [0, 1]: got 7"),
         (["adapted", "--list", "good.txt", "--out", "."], "--out must be a .json file"),
         (["adapted", "--list", "good.txt", "--out", "good.txt/x.json"], "--out can't be written"),
     ],
@@ -211,11 +215,94 @@ def test_a_list_without_any_decodable_video_has_no_accuracy(place, tmp_path, cap
     assert "bad.mp4" in captured.out and "at least one clip that can be decoded" in captured.err
 
 
-def test_a_confusion_matrix_without_labels_or_with_many_classes_can_be_drawn(tmp_path):
-    for size in (2, 174):
-        path = tmp_path / f"{size}.png"
-        evaluate.draw_confusion(path, torch.eye(size, dtype=torch.int64).tolist(), ())
-        assert path.stat().st_size > 1000
+def test_more_bad_videos_than_the_limit_are_a_failure_that_says_how_to_go_on(
+    place, tmp_path, capsys
+):
+    words = [place / "adapted", "--list", place / "mixed.txt", "--root", place]
+    assert run([*words, "--out", tmp_path / "eval.json"]) == 1
+    captured = capsys.readouterr()
+    assert f"can't be decoded: {place / 'bad.mp4'}" in captured.out and "top-1" in captured.out
+    assert json.loads((tmp_path / "eval.json").read_text())["n"] == VIDEOS  # the work is kept
+    assert captured.err.count("\n") == 1
+    for part in ("--max-bad-fraction 0.01 of 7: got 1", "raise --max-bad-fraction"):
+        assert part in captured.err
+    for limit, status in ((1 / 7, 0), (0.1, 1)):
+        assert run([*words, "--max-bad-fraction", limit]) == status
+
+
+@pytest.fixture
+def gap(tmp_path):
+    """A CSV of a film with frames in seconds 0 to 2 and 60 to 62: two of its five parts have none,
+    and one file is not there, whose part stands twice."""
+    times = [90_000 * second // 10 for second in (*range(20), *range(600, 620))]
+    images = [numbered_frame(i, 48, 64) for i in range(40)]
+    write_video(tmp_path / "gap.mkv", images, times=times)
+    spans = ["gap.mkv,0,0,2", "gap.mkv,1,12,16", "gap.mkv,2,20.25,24", "gap.mkv,3,60,62"]
+    (tmp_path / "parts.csv").write_text(
+        "\n".join(["path,label,start,end", *spans, "gone.mp4,1,0,2", "gone.mp4,1,0,2"])
+    )
+    return tmp_path
+
+
+def test_each_part_of_a_film_has_its_own_reason_and_counts_as_a_sample(place, gap, capsys):
+    out = gap / "eval.json"
+    words = [place / "adapted", "--list", gap / "parts.csv", "--root", gap, "--out", out]
+    assert run(words) == 1
+    captured = capsys.readouterr()
+    assert "of 6: got 4, named above" in captured.err  # four samples of two files
+    reasons = [line for line in captured.out.splitlines() if line.startswith("can't be decoded")]
+    assert "from 12.0 to 16.0 s" in reasons[0] and "from 20.25 to 24.0 s" in reasons[1]
+    lines = [json.loads(line) for line in (gap / "eval_predictions.jsonl").open()]
+    assert ["error" in line for line in lines] == [False, True, True, False, True, True]
+    for line, span in ((lines[1], "from 12.0 to 16.0 s"), (lines[2], "from 20.25 to 24.0 s")):
+        assert span in line["error"]
+
+
+def test_each_part_of_a_film_is_predicted_with_its_own_reason(place, gap):
+    results = list(predict_each(load(place / "adapted"), read_list(gap / "parts.csv", gap)))
+    errors = [result.get("error", "") for result in results]
+    for error, span in zip(errors, ("", "12.0 to 16.0", "20.25 to 24.0", ""), strict=False):
+        assert span in error and bool(error) == bool(span)
+
+
+@pytest.mark.parametrize("size", [2, 7, 15, 20, 51, 52, 174, 400])
+def test_names_in_a_confusion_matrix_are_apart_and_of_one_size_for_any_number(
+    size, tmp_path, monkeypatch
+):
+    drawn = []
+    save = figures.save_figure
+    monkeypatch.setattr(figures, "save_figure", lambda f, p: drawn.append(f) or save(f, p))
+    labels = tuple(f"pretending to put $something$ number {i} onto something" for i in range(size))
+    confusion = (1000 * torch.eye(size, dtype=torch.int64)).tolist()
+    confusion[0][1] = 321
+    figures.draw_confusion(tmp_path / "x.png", confusion, labels)
+    (figure,) = drawn
+    axes = figure.axes[0]
+    page = figure.bbox
+    assert page.width <= 11 * figure.dpi and page.height <= 13 * figure.dpi
+    for ticks, low, high in (
+        (axes.get_xticklabels(), "x0", "x1"), (axes.get_yticklabels(), "y0", "y1")
+    ):  # fmt: skip
+        boxes = sorted((t.get_window_extent() for t in ticks), key=lambda box: getattr(box, low))
+        assert len(boxes) == size if size <= 51 else len(boxes) in (26, 44, 50)
+        for box, following in pairwise(boxes):
+            assert getattr(box, high) <= getattr(following, low)
+        for tick, box in zip(ticks, boxes, strict=True):
+            assert tick.get_fontsize() == 8
+            assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= page.x1 and box.y1 <= page.y1
+    assert [t.get_text().startswith("Strongest") for t in figure.texts] == [True] * (size > 51)
+    if size > 51:
+        box = figure.texts[0].get_window_extent()
+        assert "\n321 of 1321   pretending" in figure.texts[0].get_text()
+        assert box.y0 >= 0 and box.x1 <= page.x1
+        assert box.y1 <= axes.get_tightbbox().y0
+
+
+def test_strongest_confusions_are_in_order_and_no_right_answer_is_one():
+    confusion = [[9, 1, 0], [5, 2, 0], [0, 0, 0]]
+    assert figures.strongest_confusions(confusion, ("a", "b", "c")) == [
+        "5 of 7   b → a", "1 of 10   a → b",
+    ]  # fmt: skip
 
 
 def test_views_of_the_model_are_the_default(place):

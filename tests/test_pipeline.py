@@ -562,6 +562,21 @@ def test_too_many_bad_files_stop_a_run_with_the_list():
     check_bad_files({}, total=200, max_bad_fraction=0.0)
     with pytest.raises(ValueError, match=r"(?s)0.01 of 199: got 2:\n  a.mp4: holds.*\n  b.mp4: is"):
         check_bad_files(bad, total=199, max_bad_fraction=0.01)
+    with pytest.raises(ValueError, match="to go on without them, raise data.max_bad_fraction; .*"
+                       "data.manifest"):  # fmt: skip
+        check_bad_files(bad, total=199, max_bad_fraction=0.01)
+
+
+def test_parts_of_one_bad_file_are_bad_each_with_its_reason(samples):
+    parts = [dataclasses.replace(samples[0], start=s, end=s + 1.0) for s in (0.0, 50.0, 60.0)]
+    loader = ClipLoader(parts, config(), batch_size=3, mode="val")
+    (batch,) = loader.epoch()
+    assert batch.index.tolist() == [0, -1, -1]
+    assert [name.removeprefix(parts[0].path) for name in loader.bad_files] == [
+        " (from 50.0 to 51.0 s)", " (from 60.0 to 61.0 s)",
+    ]  # fmt: skip
+    for start, reason in zip((50.0, 60.0), loader.bad_files.values(), strict=True):
+        assert f"has no frame from {start} to {start + 1} s" in reason
 
 
 def test_training_on_every_file_there_is_ends_and_names_the_damaged(clips):

@@ -1,8 +1,11 @@
 """Prediction: the same figures as evaluation, names of classes, and files that can't be read."""
 
+import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from models import build, small_config
 from videos import write_numbered
 
 from zeroi2v import cli, predict
+from zeroi2v.checkpoint import load, weights_hash
 from zeroi2v.data.annotations import Sample
 from zeroi2v.data.pipeline import ClipLoader
 from zeroi2v.evaluate import predict_views
@@ -106,11 +110,109 @@ def test_a_model_whose_output_is_not_finite_predicts_nothing(place):
         predict.predict(model, [str(place / "video 0.mp4")])
 
 
+def rows(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_results_say_which_weights_views_and_topk_they_are_of(place, tmp_path):
+    out = tmp_path / "all.jsonl"
+    assert run([place / "named", place / "video 0.mp4", "--out", out, "--topk", 2]) == 0
+    (row,) = rows(out)
+    model = load(place / "named")
+    assert row["settings"]["weights"] == weights_hash(model.state_dict())
+    assert row["settings"]["views"] == list(model.config.preprocess.test_views)
+    assert row["settings"]["topk"] == 2 == len(row["topk"])
+
+
+def test_results_of_another_model_or_setting_never_get_into_the_same_file(place, tmp_path, capsys):
+    out, video, other = tmp_path / "all.jsonl", place / "video 1.mp4", tmp_path / "model"
+    config = small_config(labels=LABELS)
+
+    def save(config, seed=0):
+        build(config, seed).save_pretrained(other)
+
+    def changed(**preprocess):
+        return replace(config, preprocess=replace(config.preprocess, **preprocess))
+
+    save(config)
+    assert run([other, place / "video 0.mp4", "--out", out]) == 0
+    before = out.read_bytes()
+    timeline = ["--timeline", tmp_path / "windows"]
+    cases = [
+        (config, 1, [], "weights"),  # trained on, under the same name
+        (config, 0, ["--topk", "3"], "topk 5, not 3"),
+        (changed(test_views=(1, 1)), 0, [], "config"),
+        (changed(test_short_side=300), 0, [], "config"),
+        (replace(config, labels=LABELS[::-1]), 0, [], "config"),
+        (config, 0, timeline, "window None, not default"),
+        (config, 0, [*timeline, "--window", "1"], "window None, not 1.0"),
+    ]
+    for changed_config, seed, words, difference in cases:
+        save(changed_config, seed)
+        capsys.readouterr()
+        assert run([other, video, "--out", out, *words]) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and difference in error and "--restart" in error
+        assert out.read_bytes() == before
+    save(config)
+    other.rename(tmp_path / "the same elsewhere")
+    assert run([tmp_path / "the same elsewhere", video, "--out", out]) == 0
+    assert len(rows(out)) == 2
+
+
+def test_restart_begins_the_file_anew_once_the_model_is_there(place, tmp_path, capsys):
+    out, video = tmp_path / "all.jsonl", place / "video 0.mp4"
+    out.write_text(json.dumps({"model": "m", "path": str(video), "topk": []}) + "\n")
+    before = out.read_text()
+    assert run([place / "named", video, "--out", out]) == 1
+    assert "does not say which weights" in (error := capsys.readouterr().err)
+    assert error.count("\n") == 1 and "--restart" in error and out.read_text() == before
+    assert run(["nowhere", video, "--out", out, "--restart"]) == 1 and out.read_text() == before
+    out.write_text(before + '{"model": "m", "pa')
+    assert run([place / "named", video, "--out", out, "--restart"]) == 0
+    (row,) = rows(out)
+    assert len(row["topk"]) == 5
+    assert run([place / "named", video, "--restart"]) == 1
+    assert "--restart needs the --out file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("left", [1, 2, 40, 10_000])
+def test_a_line_cut_anywhere_is_written_again(place, tmp_path, left):
+    out, videos = tmp_path / "all.jsonl", [place / "video 0.mp4", place / "video 1.mp4"]
+    assert run([place / "named", *videos, "--out", out]) == 0
+    whole = out.read_bytes()
+    first = whole.index(b"\n") + 1
+    out.write_bytes(whole[: min(first + left, len(whole) - 1)])
+    assert run([place / "named", *videos, "--out", out]) == 0
+    again = rows(out)
+    assert [row["path"] for row in again] == [str(video) for video in videos]
+    assert again[0] == json.loads(whole[:first])
+
+
+def test_a_file_of_other_bytes_is_left_alone(place, tmp_path, capsys):
+    out = tmp_path / "all.jsonl"
+    out.write_bytes(b"\xff\xfe\n")
+    assert run([place / "named", place / "video 0.mp4", "--out", out]) == 1
+    assert "holds other than results: line 1" in capsys.readouterr().err
+    assert out.read_bytes() == b"\xff\xfe\n"
+
+
+def test_a_pipe_is_another_video_each_time(place, tmp_path, monkeypatch):
+    out = tmp_path / "all.jsonl"
+    for number in (0, 2):
+        pipe = io.BytesIO((place / f"video {number}.mp4").read_bytes())
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=pipe))
+        assert run([place / "named", "-", "--out", out]) == 0
+    first, second = rows(out)
+    assert first["path"] == second["path"] == "-" and first["topk"] != second["topk"]
+
+
 def test_an_answer_needs_neither_compiler_nor_plots_nor_trainer(place):
     # Each takes a second or more to import, at every cold start.
     code = f"""
 import sys
 from zeroi2v import cli, predict
+from zeroi2v.checkpoint import load, weights_hash
 status = cli.run(predict.main, [{str(place / "named")!r}, {str(place / "video 0.mp4")!r}])
 heavy = "torch._dynamo torch._inductor sympy matplotlib deepspeed onnxruntime transformers".split()
 print(status, [name for name in heavy if name in sys.modules])

@@ -12,7 +12,7 @@ import numpy as np
 from train.log import read_log
 from train.moving_shapes import DIRECTIONS
 from zeroi2v.data.decode import read_frames
-from zeroi2v.evaluate import draw_confusion
+from zeroi2v.figures import draw_confusion
 
 NAMES = {
     "chance": "chance",

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from zeroi2v.checkpoint import write_whole
-from zeroi2v.evaluate import save_figure
+from zeroi2v.figures import save_figure
 
 
 class RunLog:

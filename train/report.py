@@ -31,7 +31,7 @@ from zeroi2v.checkpoint import read_config, write_whole
 from zeroi2v.cli import run
 from zeroi2v.config import RECIPES, ModelConfig
 from zeroi2v.data.pipeline import AugmentConfig
-from zeroi2v.evaluate import draw_confusion
+from zeroi2v.figures import draw_confusion
 from zeroi2v.model import VideoViT
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")

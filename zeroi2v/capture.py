@@ -15,8 +15,14 @@ from pathlib import Path
 
 import av
 
+_CAMERA = re.compile(r"camera:(\d+)")
 # How FFmpeg calls the system's cameras.
 _CAMERAS = {"linux": ("v4l2", "/dev/video{}"), "darwin": ("avfoundation", "{}:none")}
+
+
+def is_live(name: str) -> bool:
+    """Whether `name` is the pipe or a camera, which give another video each time."""
+    return name == "-" or _CAMERA.fullmatch(name) is not None
 
 
 @contextmanager
@@ -27,13 +33,12 @@ def as_file(name: str, seconds: float) -> Iterator[str]:
     ValueError if the pipe is empty or the camera gives nothing, and on a system whose cameras are
     not known.
     """
-    camera = re.fullmatch(r"camera:(\d+)", name)
-    if name != "-" and not camera:
+    if not is_live(name):
         yield name
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "video.mkv"
-        if camera:
+        if camera := _CAMERA.fullmatch(name):
             if sys.platform not in _CAMERAS:
                 raise ValueError(f"camera is known on {' and '.join(_CAMERAS)}: got {sys.platform}")
             kind, device = _CAMERAS[sys.platform]

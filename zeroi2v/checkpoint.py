@@ -7,6 +7,7 @@ that contradicts the tensors, is an error that names it.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import math
 import os
@@ -255,6 +256,15 @@ def write_whole(path: Path, text: str) -> None:
         handle.flush()
         os.fsync(handle.fileno())
     os.replace(temporary, path)
+
+
+def weights_hash(state: dict[str, Tensor]) -> str:
+    """Short hash of the names, dtypes, shapes and values of tensors, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
     python -m zeroi2v.evaluate FOLDER --list FILE --root DIR [--views 3x1] [--out JSON]
 
+What can't be decoded is named and left out; more of it than `--max-bad-fraction` is a failure.
 `predict_views` and `metrics` are what validation during training, `evaluate` and `predict` share.
 """
 
@@ -26,6 +27,7 @@ from zeroi2v.cli import run
 from zeroi2v.data.annotations import Sample, read_list
 from zeroi2v.data.pipeline import ClipLoader
 from zeroi2v.deployed import load_deployed
+from zeroi2v.figures import draw_confusion
 from zeroi2v.model import VideoViT
 
 
@@ -124,9 +126,18 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="videos at once (default: 8)")
     parser.add_argument("--workers", type=int, help="decoding processes (default: by the machine)")
     parser.add_argument(
+        "--max-bad-fraction",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="share of the list that may fail to decode (default: 0.01)",
+    )
+    parser.add_argument(
         "--out", help="JSON file of the figures; predictions and confusion matrix go beside it"
     )
     args = parser.parse_args(argv)
+    if not 0 <= args.max_bad_fraction <= 1:
+        raise ValueError(f"--max-bad-fraction must be in [0, 1]: got {args.max_bad_fraction:g}")
 
     device = default_device()
     source = fetch(args.model)
@@ -164,20 +175,26 @@ def main(argv: list[str]) -> None:
     for key, title in (("top1", "top-1"), ("top5", "top-5"), ("mean_class", "mean class")):
         if figures[key] is not None:
             print(f"{title:<12} {figures[key]:6.2f} %")
-    if out is None:
-        return
-    write_predictions(beside(out, "predictions.jsonl"), samples, index, probs, loader.bad_files)
-    draw_confusion(beside(out, "confusion.png"), figures["confusion"], config.labels)
-    report = {
-        "model": str(name),
-        "list": args.list,
-        "views": list(views),
-        **figures,
-        "undecodable": loader.bad_files,
-        "labels": config.labels,
-    }
-    write_whole(out, json.dumps(report, indent=1) + "\n")
-    print(f"written      {out}, {beside(out, 'predictions.jsonl')}, {beside(out, 'confusion.png')}")
+    if out is not None:
+        write_predictions(beside(out, "predictions.jsonl"), samples, index, probs, loader.bad_files)
+        draw_confusion(beside(out, "confusion.png"), figures["confusion"], config.labels)
+        report = {
+            "model": str(name),
+            "list": args.list,
+            "views": list(views),
+            **figures,
+            "undecodable": loader.bad_files,
+            "labels": config.labels,
+        }
+        write_whole(out, json.dumps(report, indent=1) + "\n")
+        beside_it = beside(out, "predictions.jsonl"), beside(out, "confusion.png")
+        print(f"written      {out}, {beside_it[0]}, {beside_it[1]}")
+    if undecodable > args.max_bad_fraction * len(samples):
+        raise ValueError(
+            f"bad videos must be at most --max-bad-fraction {args.max_bad_fraction:g} of "
+            f"{len(samples)}: got {undecodable}, named above; leave them out of the list, or "
+            "raise --max-bad-fraction if the rest is what you mean to measure"
+        )
 
 
 def parse_views(text: str) -> tuple[int, int]:
@@ -217,52 +234,9 @@ def write_predictions(
             line["probability"] = round(float(top.values[0]), 6)
             line["top5"] = top.indices.tolist()
         else:
-            line["error"] = bad_files[sample.path]
+            line["error"] = bad_files[sample.name]
         lines.append(json.dumps(line) + "\n")
     write_whole(path, "".join(lines))
-
-
-def draw_confusion(path: Path, confusion: list[list[int]], labels: tuple[str, ...]) -> None:
-    """Draws the confusion matrix, rows as percent of the true class, to PNG `path`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    counts = torch.tensor(confusion, dtype=torch.float64)
-    share = 100 * counts / counts.sum(1, keepdim=True).clamp_min(1)
-    size = len(confusion)
-    side = min(16.0, 3.5 + 0.25 * min(size, 15) + 0.15 * max(0, size - 15))
-    figure, axes = pyplot.subplots(figsize=(side + 0.8, side), layout="constrained")
-    picture = axes.imshow(share.numpy(), vmin=0, vmax=100, cmap="Blues")
-    figure.colorbar(picture, label="% of the true class", shrink=0.8)
-    if size <= 60:
-        names = labels or [str(i) for i in range(size)]
-        axes.set_xticks(range(size), names, rotation=90 if size > 8 else 0, fontsize=8)
-        axes.set_yticks(range(size), names, fontsize=8)
-    if size <= 15:
-        for row in range(size):
-            for column in range(size):
-                axes.text(
-                    column,
-                    row,
-                    str(confusion[row][column]),
-                    ha="center",
-                    va="center",
-                    color="white" if share[row, column] > 55 else "black",
-                )
-    axes.set(xlabel="predicted class", ylabel="true class")
-    save_figure(figure, path)
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Saves a figure of pyplot's as PNG `path`, which is there whole or not at all; closes it."""
-    from matplotlib import pyplot
-
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=120, format="png")
-    pyplot.close(figure)
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

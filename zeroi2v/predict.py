@@ -1,7 +1,8 @@
 """Classify videos with a model folder, an ONNX file or an exported program alike.
 
     python -m zeroi2v.predict MODEL VIDEO [VIDEO …] [--topk 5] [--json]
-    python -m zeroi2v.predict MODEL FOLDER --out all.jsonl      as it goes; a second run resumes
+    python -m zeroi2v.predict MODEL FOLDER --out all.jsonl      as it goes; a second run resumes,
+                                                                with the same model and settings
     python -m zeroi2v.predict MODEL LONG.mp4 --timeline FOLDER  what happens when
     … | python -m zeroi2v.predict MODEL -                       a pipe; camera:0 is a camera
 
@@ -35,6 +36,7 @@ from zeroi2v.data.pipeline import ClipLoader
 from zeroi2v.deployed import load_deployed
 from zeroi2v.evaluate import default_device, default_workers, predict_views
 from zeroi2v.model import VideoViT
+from zeroi2v.results import Results, settings_of
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png"))
 
@@ -107,7 +109,7 @@ def predict_each(
             if i in rows:
                 yield {"path": path, "topk": _top(rows[i], topk, config.labels)}
             else:
-                yield {"path": path, "error": loader.bad_files[path]}
+                yield {"path": path, "error": loader.bad_files[samples[i].name]}
         done += len(batch.index)
 
 
@@ -161,37 +163,6 @@ def read_paths(path: str, root: str | None) -> list[str]:
     return found
 
 
-class Results:
-    """A file of one JSON line per video, written as they are done; a second run continues it."""
-
-    def __init__(self, path: str, model: str):
-        if Path(path).suffix != ".jsonl":
-            raise ValueError(f"--out must be a .jsonl file: got {path}")
-        self.path, self.model = check_writable(path, "--out"), model
-        self.done: dict[str, bool] = {}
-        """Whether each video of the file was classified."""
-        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]  # a stopped run may have left part of a line
-        for number, line in enumerate(whole.splitlines(), 1):
-            try:
-                row = json.loads(line)
-                name, other = row["path"], row["model"]
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"--out {path} holds other than results: line {number}") from None
-            if other != model:
-                raise ValueError(f"--out {path} holds results of {other}: got model {model}")
-            self.done[name] = "error" not in row
-        if whole != text:
-            write_whole(self.path, whole)
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by main)
-
-    def add(self, result: dict[str, Any]) -> None:
-        """Writes a result, to be there even if the next moment is the last."""
-        self.file.write(json.dumps({"model": self.model, **result}) + "\n")
-        self.file.flush()
-        self.done[result["path"]] = "error" not in result
-
-
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m zeroi2v.predict", description="Classify videos.", allow_abbrev=False
@@ -203,6 +174,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--topk", type=int, default=5, help="classes to name (default: 5)")
     parser.add_argument("--json", action="store_true", help="print one JSON line per video")
     parser.add_argument("--out", help=".jsonl file to write as it goes, and to go on with")
+    parser.add_argument("--restart", action="store_true", help="begin the --out file anew")
     parser.add_argument("--timeline", metavar="FOLDER", help="classify windows; JSON and PNG there")
     parser.add_argument("--window", type=float, help="seconds of a window (default: of a clip)")
     parser.add_argument("--stride", type=float, help="seconds between windows (default: half)")
@@ -219,12 +191,17 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"--{name} must be positive seconds: got {value:g}")
     if args.timeline is not None:
         check_writable(Path(args.timeline) / "x.json", "--timeline")
-    out = Results(args.out, args.model) if args.out else None
+    if args.restart and not args.out:
+        raise ValueError("--restart needs the --out file to begin anew")
+    out = Results(args.out, args.restart) if args.out else None
     todo = [n for n in dict.fromkeys(names) if out is None or n not in out.done]
     failed = 0 if out is None else sum(not out.done[n] for n in set(names) & out.done.keys())
+    source = fetch(args.model)
+    model = load_deployed(source, default_device())
+    if out is not None:
+        out.begin(args.model, settings_of(model, source, **_settings(model, args)))
     if len(todo) < len(set(names)):
         print(f"{len(set(names)) - len(todo)} done before", file=sys.stderr)
-    model = load_deployed(fetch(args.model), default_device()) if todo else None
     # The bar is for long jobs; a few files are done before it could be read.
     hidden = True if len(todo) < 16 and args.timeline is None else None
     with ExitStack() as stack:
@@ -247,9 +224,18 @@ def main(argv: list[str]) -> None:
                 _show(result, args.json)
             bar.update(1)
     if failed:
-        raise ValueError(f"{failed} of {len(set(names))} files can't be decoded: see above")
+        where = args.out or "above"
+        raise ValueError(f"{failed} of {len(set(names))} files can't be decoded: see {where}")
     seconds = time.perf_counter() - started
     print(f"{len(set(names))} classified in {seconds:.1f} s, start included", file=sys.stderr)
+
+
+def _settings(model: nn.Module, args) -> dict[str, Any]:
+    """What of the options decides the results."""
+    if args.timeline is None:
+        return {"views": list(model.config.preprocess.test_views), "topk": args.topk}
+    return {"views": [1, 1], "topk": args.topk, "window": args.window or "default",
+            "stride": args.stride or "default"}  # fmt: skip
 
 
 def _timelines(model: nn.Module, files: dict[str, str], args) -> Iterator[dict[str, Any]]:

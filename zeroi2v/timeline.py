@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
@@ -14,6 +13,8 @@ import numpy as np
 from torch import nn
 
 from zeroi2v.data.annotations import Sample
+from zeroi2v.data.decode import DecodeError, Limit, known_index, open_video
+from zeroi2v.figures import save_figure
 from zeroi2v.predict import predict_each
 
 UNIFORM_SECONDS = 4.0
@@ -42,22 +43,22 @@ def timeline(
         progress: called with 1 after each window.
     Returns:
         `path`, `seconds`, `window`, `stride` and `windows`: a list of {start, end, topk} or
-        {start, end, error}. The last window ends with the video.
+        {start, end, error}. The last window ends with the video; where a gap in the time stamps
+        leaves a window without a frame, there is none.
     Raises:
         ValueError: the file is no video, or `window` or `stride` is not positive.
     """
-    seconds, rate = duration(path)
+    times = frame_times(path)
+    frame = float(np.median(np.diff(times))) if len(times) > 1 else 1 / 25
+    seconds = float(times[-1]) + frame
     pixels = model.config.preprocess
     if window is None:
         dense = pixels.sampling == "dense"
-        window = model.config.num_frames * pixels.interval / rate if dense else UNIFORM_SECONDS
+        window = model.config.num_frames * pixels.interval * frame if dense else UNIFORM_SECONDS
     stride = window / 2 if stride is None else stride
     if window <= 0 or stride <= 0:
         raise ValueError(f"window and stride must be positive seconds: got {window} and {stride}")
-    starts = list(np.arange(0, max(seconds - window, 0) + 1e-6, stride))
-    if starts[-1] + window < seconds - 1e-6:
-        starts.append(seconds - window)
-    spans = [(float(s), float(min(s + window, seconds))) for s in starts]
+    spans = window_spans(times, seconds, window, stride)
     samples = [Sample(path, 0, start, end) for start, end in spans]
     windows = []
     for (start, end), result in zip(
@@ -76,38 +77,48 @@ def timeline(
     }
 
 
-def duration(path: str) -> tuple[float, float]:
-    """Seconds from the first to after the last frame, and frames per second, from all packets.
+def frame_times(path: str) -> np.ndarray:
+    """Times of the frames of a video, in seconds from the first; from its packets, not decoded.
 
     Raises ValueError if there is no such video.
     """
-    times = []
+    limit = Limit(None)
     try:
-        with av.open(
-            f"file:{path}", metadata_errors="ignore", options={"protocol_whitelist": "file"}
-        ) as container:
-            stream = container.streams.best("video")
-            rate = float((stream and stream.average_rate) or 25)
-            for packet in container.demux(stream) if stream else ():
-                if packet.size and not packet.is_discard:
-                    stamp = packet.pts if packet.pts is not None else packet.dts
-                    times.append(None if stamp is None else float(stamp * stream.time_base))
-    except (av.FFmpegError, OSError, IndexError) as error:
-        if not times:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise ValueError(f"{path}: {reason}") from None
-    if not times:
-        raise ValueError(f"{path}: holds no frame")
-    if None in times:
-        return len(times) / rate, rate
-    return max(times) - min(times) + 1 / rate, rate
+        container, stream = open_video(path, limit)
+        with container:
+            return known_index(path, container, stream, limit).times
+    except (DecodeError, av.FFmpegError, OSError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ValueError(f"{path}: {reason}") from None
+
+
+def window_spans(
+    times: np.ndarray, seconds: float, window: float, stride: float
+) -> list[tuple[float, float]]:
+    """Starts and ends of the windows of a video of `seconds` that hold a frame, in order.
+
+    Windows start at multiples of `stride`; the last one ends with the video. There are as many as
+    the frames need, however long the gaps between them.
+    """
+    gaps = np.flatnonzero(np.diff(times) >= window)
+    found: list[int] = []
+    for first, last in zip(times[[0, *(gaps + 1)]], times[[*gaps, -1]], strict=True):
+        low = max(int((first - window) // stride) + 1, 0, found[-1] + 1 if found else 0)
+        found += range(low, int((last + 1e-6) // stride) + 1)
+    starts = [k * stride for k in found if k * stride <= max(seconds - window, 0) + 1e-6]
+    if not starts or starts[-1] + window < seconds - 1e-6:
+        starts.append(max(seconds - window, 0.0))
+    spans = [(start, min(start + window, seconds)) for start in starts]
+    places = np.searchsorted(times, np.array(spans) - 1e-6)  # as the decoder counts
+    return [span for span, (low, high) in zip(spans, places, strict=True) if low < high]
 
 
 def draw_timeline(result: dict[str, Any], path: str | Path) -> None:
     """Draws a timeline to PNG `path`: a strip of the label over time, and probabilities below it.
 
     Rows are the labels that are ever the most probable, in order of their first time, at most
-    `MAX_ROWS` of those that are it longest. Windows that can't be decoded are hatched.
+    `MAX_ROWS` of those that are it longest. Windows that can't be decoded are hatched. A gap
+    without windows is left blank, and drawn no wider than one; the axis tells the true times.
     """
     import matplotlib
 
@@ -115,17 +126,16 @@ def draw_timeline(result: dict[str, Any], path: str | Path) -> None:
     from matplotlib import pyplot
 
     windows = result["windows"]
-    middles = [(w["start"] + w["end"]) / 2 for w in windows]
-    edges = [0.0, *((a + b) / 2 for a, b in pairwise(middles)), result["seconds"]]
+    edges, columns, knots = _columns(result)
     best = [w["topk"][0]["label"] if "topk" in w else None for w in windows]
     counts = Counter(label for label in best if label is not None)
     longest = [label for label, _ in counts.most_common(MAX_ROWS)]
     labels = [label for label in counts if label in longest]
     colours = dict(zip(labels, pyplot.get_cmap("tab20").colors, strict=False))
-    share = np.full((max(len(labels), 1), len(windows)), np.nan)
-    for column, w in enumerate(windows):
-        if "topk" in w:
-            found = {row["label"]: row["probability"] for row in w["topk"]}
+    share = np.full((max(len(labels), 1), len(columns)), np.nan)
+    for column, i in enumerate(columns):
+        if i is not None and "topk" in windows[i]:
+            found = {row["label"]: row["probability"] for row in windows[i]["topk"]}
             share[: len(labels), column] = [found.get(label, 0.0) for label in labels]
 
     height = 0.28 * len(share)
@@ -137,8 +147,11 @@ def draw_timeline(result: dict[str, Any], path: str | Path) -> None:
         height_ratios=(0.6, max(height, 0.6)),
         layout="constrained",
     )
-    for label, (left, right) in zip(best, pairwise(edges), strict=True):
-        if label is None:
+    for i, (left, right) in zip(columns, pairwise(edges), strict=True):
+        label = None if i is None else best[i]
+        if i is None:
+            strip.text((left + right) / 2, 0.5, "gap", rotation=90, ha="center", va="center")
+        elif label is None:
             strip.axvspan(left, right, facecolor="white", edgecolor="grey", hatch="///")
         else:
             strip.axvspan(left, right, color=colours.get(label, "lightgrey"), linewidth=0)
@@ -150,10 +163,37 @@ def draw_timeline(result: dict[str, Any], path: str | Path) -> None:
         tick.set(bbox=dict(facecolor=colours[label], edgecolor="none", alpha=0.6, pad=1.5))
     others = len(counts) - len(labels)
     title = Path(result["path"]).name + (f" ({others} labels more, in grey)" if others else "")
-    strip.set(yticks=[], title=title, xlim=(0, result["seconds"]))
+    strip.set(yticks=[], title=title, xlim=(0, edges[-1]))
     rows.set(xlabel="seconds", facecolor="whitesmoke")
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=120, format="png")
-    pyplot.close(figure)
-    os.replace(temporary, path)
+    if len(knots) > 2:
+        rows.xaxis.set_major_formatter(
+            lambda x, _: f"{np.interp(x, *zip(*knots, strict=True)):.6g}"
+        )
+    save_figure(figure, Path(path))
+
+
+def _columns(
+    result: dict[str, Any],
+) -> tuple[list[float], list[int | None], list[tuple[float, float]]]:
+    """Where the windows of a timeline are drawn.
+
+    Returns the edges of the columns, in seconds less what gaps are shortened by; for each column
+    its window, or None for a gap; and the points (drawn, time) between which nothing is shortened.
+    """
+    windows, cut = result["windows"], 0.0
+    edges, columns, knots = [0.0], [0], [(0.0, 0.0)]
+    for i, (w, following) in enumerate(pairwise(windows), 1):
+        hole = following["start"] - w["end"]
+        if hole > 0 and following["start"] - w["start"] > result["stride"] + 2e-3:  # of rounding
+            edges.append(w["end"] - cut)
+            knots.append((edges[-1], w["end"]))
+            cut += max(0.0, hole - result["window"])
+            edges.append(following["start"] - cut)
+            knots.append((edges[-1], following["start"]))
+            columns.append(None)
+        else:
+            middles = w["start"] + w["end"] + following["start"] + following["end"]
+            edges.append(middles / 4 - cut)
+        columns.append(i)
+    edges.append(result["seconds"] - cut)
+    return edges, columns, [*knots, (edges[-1], result["seconds"])]

@@ -41,6 +41,15 @@ class Sample:
     frames: int | None = None
     """Frames that decoding the whole file gives, where a manifest tells; None to find out."""
 
+    @property
+    def name(self) -> str:
+        """The path, with the part of the video that the sample is, if it is not all of it."""
+        if self.span is not None:
+            return f"{self.path} ({self.span[1]} images after {self.span[0]})"
+        if self.start is None and self.end is None:
+            return self.path
+        return f"{self.path} (from {self.start} to {self.end} s)"
+
 
 def read_list(
     source: str | os.PathLike,

@@ -109,7 +109,7 @@ def read_frames(
     try:
         container, stream = open_video(path, limit, err_detect="explode")
         with container:
-            index = read_index(container, stream, limit)
+            index = known_index(path, container, stream, limit)
             if index.seekable and frames in (None, len(index.shown)):
                 first, total = _window(index.times, start, end)
                 wanted = np.asarray(choose(total)) + first
@@ -167,6 +167,19 @@ def open_video(path: str, limit: Limit, **codec_options: str):
     codec.thread_count = 1
     codec.options = {"max_pixels": str(MAX_PIXELS), **codec_options}
     return container, stream
+
+
+_last_index: tuple[tuple, Index] | None = None
+
+
+def known_index(path: str, container, stream, limit: Limit) -> Index:
+    """`read_index`, remembered for the last file: parts of a film are asked for one by one."""
+    global _last_index
+    status = os.stat(path)
+    key = (os.path.abspath(path), status.st_size, status.st_mtime_ns)
+    if _last_index is None or _last_index[0] != key:
+        _last_index = key, read_index(container, stream, limit)
+    return _last_index[1]
 
 
 def read_index(container, stream, limit: Limit) -> Index:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
+from typing import Any
 
 import numpy as np
 import torch
@@ -138,7 +139,7 @@ class ClipLoader:
             )
         self.workers = workers
         self.bad_files: dict[str, str] = {}
-        """Paths of the videos that could not be decoded so far, with the reasons."""
+        """Names of the samples that could not be decoded so far, with the reasons."""
         self.decoded_by: Counter[str] = Counter()
         """Clips so far by who decoded them: "dali" or "pyav"."""
         self._pipeline = None
@@ -283,11 +284,16 @@ class ClipLoader:
         return Batch(video, label, index, target)
 
 
-def check_bad_files(bad: dict[str, str], total: int, max_bad_fraction: float) -> None:
-    """Raises ValueError that lists the bad files if they are more than the given part of all."""
+def check_bad_files(bad: dict[Any, str], total: int, max_bad_fraction: float) -> None:
+    """Raises ValueError that lists the bad samples if they are too large a part of all.
+
+    `bad` has the reason of each bad sample, of the `total` in the list.
+    """
     if len(bad) > max_bad_fraction * total:
         reasons = "\n".join(f"  {reason}" for reason in sorted(bad.values()))
         raise ValueError(
-            f"bad videos must be at most max_bad_fraction {max_bad_fraction} of {total}: "
-            f"got {len(bad)}:\n{reasons}"
+            f"bad videos must be at most data.max_bad_fraction {max_bad_fraction} of {total}: "
+            f"got {len(bad)}:\n{reasons}\n"
+            "to go on without them, raise data.max_bad_fraction; `check_data` names all bad ones "
+            "at once, and data.manifest leaves out those that it found"
         )

@@ -93,8 +93,8 @@ class ClipSource:
     is a cutter, (is_cut bool [], data uint8 [bytes], picks int32 [F], box int32 [2, 2]), which are
     used in the place of `frames` if is_cut; with augmentation, mirror int32 [], and, as far as it
     asks for them, the results of `draw_ops` and `draw_erasing`. `report` is JSON: index, label,
-    is_cut, bad (path -> reason). `geometry` holds the size to resize to and the corner (top, left)
-    of each crop, `box` the corner and size of what is used of each frame.
+    is_cut, bad (name of a sample -> reason). `geometry` holds the size to resize to and the corner
+    (top, left) of each crop, `box` the corner and size of what is used of each frame.
     """
 
     def __init__(self, plan: ClipPlan, epoch: int, start: int):
@@ -139,7 +139,7 @@ class ClipSource:
             try:
                 clip = self.read(sample, key)
             except DecodeError as error:
-                bad[sample.path] = str(error)
+                bad[sample.name] = str(error)
                 rng = np.random.default_rng((*key, 2 + attempt))
                 index = int(rng.integers(len(plan.samples)))
                 continue
@@ -153,7 +153,7 @@ class ClipSource:
         try:
             clip = self.read(sample, None)
         except DecodeError as error:
-            return self._blank({sample.path: str(error)})
+            return self._blank({sample.name: str(error)})
         return self._finish(clip, position, sample.label, {}, None)
 
     def read(self, sample: Sample, key: tuple[int, ...] | None) -> np.ndarray | Cut:

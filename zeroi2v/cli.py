@@ -9,6 +9,7 @@ from importlib import import_module
 VERBS = {
     "check_data": "decode a dataset's videos and say what is wrong with them",
     "convert": "turn a foreign model or config into ours",
+    "doctor": "what this machine can do and what it lacks",
     "evaluate": "accuracy of a model on a list of videos",
     "export": "write a merged model for deployment, proven",
     "predict": "classify video files",

@@ -10,7 +10,14 @@ import torch
 from training import Ranks, arguments, make_data
 
 import train.estimate
-from train.estimate import Cost, forget_peak, measure_run, peak_memory
+from train.estimate import (
+    Cost,
+    forget_peak,
+    group_memory,
+    measure_run,
+    memory_limit,
+    peak_memory,
+)
 from train.main import main
 
 # Two sizes whose activations are much of what the process holds, and 12 clips at once.
@@ -69,7 +76,8 @@ def test_dry_run_prints_config_counts_steps_memory_and_time(data, tmp_path, caps
     assert "head_offsets:" in output and "seed: 0" in output
     assert "parameters  4,740 trained, 50,240 frozen" in output
     assert "schedule    8 steps = 2 epochs x 4" in output
-    assert re.search(r"memory      \d+\.\d\d GB at most .* \(measured; .* each of 2 clips", output)
+    assert re.search(r"memory      \d+\.\d\d GB at most in a process; free for each", output)
+    assert re.search(r"are \d+\.\d of \d+\.\d GB \(measured; .* each of 2 clips", output)
     assert re.search(r"time        \d+\.\d\d s a step: .* an epoch, .* in all", output)
     assert "verdict     fits" in output
     assert not (tmp_path / "run").exists()
@@ -82,7 +90,7 @@ def test_dry_run_says_what_to_change_when_the_run_does_not_fit(data, tmp_path, m
         return costs[engine.module.transformer.resblocks[0].memory], Cost(0.1, 0.1)
 
     monkeypatch.setattr(train.estimate, "measure", measure)
-    monkeypatch.setattr(train.estimate, "memory_limit", lambda device: 190e6)
+    monkeypatch.setattr(train.estimate, "memory_limit", lambda device: (190e6, 1e9))
     main([*arguments(data, tmp_path / "run", "optim.batch_size=16", "optim.micro_batch=8"),
           "--dry-run"])  # fmt: skip
     lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("verdict")]
@@ -92,6 +100,42 @@ def test_dry_run_says_what_to_change_when_the_run_does_not_fit(data, tmp_path, m
         "verdict     fits with optim.memory=lean optim.micro_batch=2: 0.16 GB",
         "verdict     fits with optim.memory=recompute: 0.18 GB",
     ]
-    monkeypatch.setattr(train.estimate, "memory_limit", lambda device: 50e6)
+    monkeypatch.setattr(train.estimate, "memory_limit", lambda device: (50e6, 1e9))
     main([*arguments(data, tmp_path / "run"), "--dry-run"])
     assert "no option helps: 0.11 GB even for one clip at a time" in capsys.readouterr().out
+
+
+def test_memory_of_a_gpu_is_what_is_free_and_what_this_process_holds(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (30, 80))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 5)
+    assert memory_limit(torch.device("cuda")) == (35, 80)
+
+
+def test_memory_of_a_machine_is_what_its_control_group_leaves(monkeypatch, tmp_path):
+    """Files that are kept in memory give way."""
+    for name, allowed, used in (("outer", "1000", 700), ("outer/inner", "max", 300)):
+        group = tmp_path / name
+        group.mkdir()
+        (group / "memory.max").write_text(f"{allowed}\n")
+        (group / "memory.current").write_text(f"{used}\n")
+        (group / "memory.stat").write_text("anon 1\nactive_file 20\ninactive_file 80\n")
+    read_text = Path.read_text
+
+    def stand_in(path, *args, **kwargs):
+        if str(path) == "/proc/self/cgroup":
+            return "4:memory:/elsewhere\n0::/outer/inner\n"
+        return read_text(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", stand_in)
+    assert group_memory(tmp_path) == [(400, 1000)]
+    assert group_memory(tmp_path / "none") == []
+
+    machine = SimpleNamespace(available=6000, total=9000)
+    own = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=70))
+    monkeypatch.setattr(train.estimate.psutil, "virtual_memory", lambda: machine)
+    monkeypatch.setattr(train.estimate.psutil, "Process", lambda: own)
+    monkeypatch.setattr(train.estimate, "group_memory", lambda: [(400, 1000)])
+    monkeypatch.setattr(train.estimate, "gather", lambda value: [value, value])
+    monkeypatch.setattr(train.estimate.dist, "get_world_size", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert memory_limit(torch.device("cpu")) == (270, 1000)

@@ -7,11 +7,11 @@ for others.
 import os
 import re
 import signal
-import socket
 import stat
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 import yaml
 from models import build, small_config
 from torch.distributed import distributed_c10d
+from training import finish, held_port
 from videos import write_numbered
 
 from train.config import OptimConfig
@@ -38,12 +39,6 @@ def snippet(kind: str) -> str:
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     (block,) = re.findall(rf"^```{kind}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     return block
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def environment(**values: str) -> dict[str, str]:
@@ -70,6 +65,12 @@ def config(tmp_path_factory) -> Path:
     }  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(values))
     return folder / "config.yaml"
+
+
+@pytest.fixture
+def port() -> Iterator[str]:
+    with held_port() as number:
+        yield str(number)
 
 
 def script(path: Path, text: str) -> None:
@@ -115,17 +116,17 @@ def test_slurm_script_trains_one_run_whose_files_are_the_first_nodes_but_for_opt
         "wait $first; status=$?\nwait $second || status=$?\nexit $status\n",
     )
     (tmp_path / "train.slurm").write_text(snippet("slurm"))
-    slurm = {
-        "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]",
-        "SLURM_JOB_ID": str(free_port() - 20000),
-    }  # fmt: skip
     run_dir = tmp_path / "run"
-    done = subprocess.run(
-        ["bash", str(tmp_path / "train.slurm"), "--config", str(config), f"run.dir={run_dir}"],
-        cwd=ROOT, capture_output=True, text=True, timeout=240,
-        env=environment(**slurm, PATH=f"{fakes}:{BIN}:{os.environ['PATH']}"),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    with held_port() as port:
+        slurm = {
+            "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]",
+            "SLURM_JOB_ID": str(port - 20000),
+        }  # fmt: skip
+        done = finish(
+            ["bash", str(tmp_path / "train.slurm"), "--config", str(config), f"run.dir={run_dir}"],
+            cwd=ROOT, timeout=240,
+            env=environment(**slurm, PATH=f"{fakes}:{BIN}:{os.environ['PATH']}"),
+        )  # fmt: skip
     assert done.stdout.count('"finished": true') == 1
     assert "4 clips = 2 x 2 processes x 1 accumulated" in done.stdout
     assert [line["step"] for line in read_log(run_dir) if "loss" in line] == [1, 2, 3, 4]
@@ -136,7 +137,7 @@ def test_slurm_script_trains_one_run_whose_files_are_the_first_nodes_but_for_opt
 
 
 def test_kubernetes_job_is_well_formed_and_a_lost_node_ends_the_other_which_can_go_on(
-    config, tmp_path
+    config, tmp_path, port
 ):
     service, job = yaml.safe_load_all(snippet("kubernetes"))
     (container,) = job["spec"]["template"]["spec"]["containers"]
@@ -158,7 +159,7 @@ def test_kubernetes_job_is_well_formed_and_a_lost_node_ends_the_other_which_can_
     values = yaml.safe_load(config.read_text())
     values["optim"]["epochs"], values["run"]["save_every"] = 100_000, 2
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
-    env |= {"NODES": "2", "GPUS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    env |= {"NODES": "2", "GPUS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     env |= {"CONFIG": str(tmp_path / "config.yaml"), "RUN_DIR": str(tmp_path / "run")}
     env["VIDEOS"] = str(config.parent)
     pods = [
@@ -208,11 +209,10 @@ def test_no_group_of_processes_waits_longer_for_a_stuck_one_than_told(monkeypatc
         end_processes()
 
 
-def test_hostfile_command_starts_a_node_of_two(config, tmp_path):
+def test_hostfile_command_starts_a_node_of_two(config, tmp_path, port):
     hosts = snippet("hostfile").replace("node-a slots=8", "127.0.0.1 slots=1")
     (tmp_path / "hosts.txt").write_text(hosts.replace("node-b slots=8", "localhost slots=1"))
     command = snippet("hostfile-command").replace("hosts.txt", str(tmp_path / "hosts.txt"))
-    port = str(free_port())
     nodes = [
         subprocess.Popen(
             ["bash", "-c", command, "train", "--config", str(config),

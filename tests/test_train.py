@@ -17,7 +17,8 @@ from training import (
     assert_same_run,
     command,
     environment,
-    free_port,
+    finish,
+    held_port,
     make_data,
     weights,
 )
@@ -232,14 +233,10 @@ def test_sigterm_to_all_processes_saves_and_exits_143_and_the_run_can_go_on(
 
 def test_two_processes_and_one_with_twice_the_micro_batch_have_the_same_losses(go, data, tmp_path):
     still = ("augment=null", "model.adapter.dropout=0", "model.head_dropout=0")
-    launcher = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())]
-    done = subprocess.run(
-        [*launcher, *command(data, tmp_path / "two", *still, "optim.micro_batch=1")],
-        capture_output=True,
-        text=True,
-        env=environment(),
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    words = command(data, tmp_path / "two", *still, "optim.micro_batch=1")
+    with held_port() as port:
+        launcher = ["deepspeed", "--num_accelerators", "2", "--master_port", str(port)]
+        done = finish([*launcher, *words], env=environment())
     one = go("one", *still, "optim.micro_batch=2")
     two = tmp_path / "two"
     keys = ("loss", "val_top1")
@@ -250,14 +247,10 @@ def test_two_processes_and_one_with_twice_the_micro_batch_have_the_same_losses(g
 
 
 def test_two_processes_tell_an_error_once(data, tmp_path):
-    done = subprocess.run(
-        ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port())]
-        + command(data, tmp_path / "run", "data.train_list=nowhere.txt"),
-        capture_output=True,
-        text=True,
-        env=environment(),
-    )
-    assert done.returncode != 0
+    words = command(data, tmp_path / "run", "data.train_list=nowhere.txt")
+    with held_port() as port:
+        launcher = ["torchrun", "--nproc_per_node", "2", "--master_port", str(port)]
+        done = finish([*launcher, *words], status=1, env=environment())
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and "nowhere.txt" in errors[0]
 

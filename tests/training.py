@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import re
 import resource
 import signal
 import socket
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -100,10 +103,22 @@ def environment() -> dict[str, str]:
     return env | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{env['PATH']}"}
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def finish(command: list[str], status: int = 0, **options) -> subprocess.CompletedProcess:
+    """Runs `command` to its end; fails, with all that it said, if it ends with another status."""
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    assert done.returncode == status, f"ended with {done.returncode}\n{done.stdout}{done.stderr}"
+    return done
+
+
+@contextmanager
+def held_port() -> Iterator[int]:
+    """A port from 20000 to 29999 that nobody else gets meanwhile, but who listens on it by name."""
+    with socket.socket() as holder:
+        while not holder.getsockname()[1]:
+            with suppress(OSError):  # taken
+                holder.bind(("127.0.0.1", random.SystemRandom().randrange(20000, 30000)))
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # for the listener to come
+        yield holder.getsockname()[1]
 
 
 def server() -> multiprocessing.context.BaseContext:
@@ -132,7 +147,8 @@ class Ranks:
         before: Callable[[], object] | None = None,
     ):
         context = server()
-        ports = [free_port() for _ in arguments]
+        self._keep = ExitStack()
+        ports = [self._keep.enter_context(held_port()) for _ in arguments]
         self.output = output
         self.processes = [
             context.Process(target=run_rank, args=(arguments, rank, count, ports, output, before))
@@ -148,6 +164,7 @@ class Ranks:
         for process in self.processes:
             process.kill()
             process.join()
+        self._keep.close()
 
     def send(self, number: int, ranks: list[int]) -> None:
         """Sends signal `number` to some of them, if they still run."""

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from train.job import Job
 from train.processes import gather, together
@@ -88,7 +89,7 @@ def stop_diverged(
         "loss": str(value),
         "first_bad_layer": layer,
         "clips": of_clip,
-        "largest_output_of_layer": {name: str(x) for name, x in layers.items()},
+        "largest_value_of_layer": {name: str(x) for name, x in layers.items()},
     }
     folder = Path(job.config.run.dir) / "diverged"
 
@@ -111,33 +112,75 @@ def stop_diverged(
 
 @torch.no_grad()
 def watch(model: nn.Module, video: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """Logits of `video [B, 3, T, H, W]`, and the largest |output| of each layer, in their order.
+    """Logits of `video [B, 3, T, H, W]`, and the largest |value| that each layer made, in order.
 
-    Without dropout. A value that is not finite makes that of its layer inf or nan.
+    Without dropout. Nothing is recorded after the first value that is not finite, which makes that
+    of its layer inf or nan.
     """
-    largest: dict[str, float] = {}
-
-    def record(name: str):
-        def hook(_module, _inputs, output: Any) -> None:
-            largest[name] = output.detach().abs().max().item()
-
-        return hook
-
-    hooks = [m.register_forward_hook(record(name)) for name, m in model.named_modules() if name]
+    inside, names = [model], {module: name for name, module in model.named_modules()}
+    hooks = []
+    for module in model.modules():
+        hooks.append(module.register_forward_pre_hook(lambda module, _: inside.append(module)))
+        hooks.append(module.register_forward_hook(lambda *_: inside.pop() and None))
     model.eval()
+    recorder = _Recorder(inside, names)
     try:
-        return model(video), largest
+        with recorder:
+            logits = model(video)
+        return logits, recorder.largest
     finally:
         for hook in hooks:
             hook.remove()
 
 
+class _Recorder(TorchDispatchMode):
+    """Records the largest |value| that operators make, by the layer whose weights they read.
+
+    Modules are not asked: some hand their weights to a kernel instead of being called. An operator
+    without weights counts as the module that is `inside[-1]` at the time.
+    """
+
+    def __init__(self, inside: list[nn.Module], names: dict[nn.Module, str]):
+        super().__init__()
+        self.largest: dict[str, float] = {}
+        self._inside, self._names, self._done = inside, names, False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        out = result[0] if isinstance(result, (tuple, list)) and result else result
+        # Views and new memory hold nothing that was made here.
+        is_made = not (self._done or func.is_view or "empty" in func.__name__)
+        if is_made and isinstance(out, Tensor) and out.is_floating_point() and out.numel():
+            value, name = out.abs().max().item(), self._layer(args)
+            self.largest[name] = max(value, self.largest.pop(name, 0.0))
+            if not math.isfinite(value):
+                self.largest[name], self._done = value, True
+        return result
+
+    def _layer(self, args: tuple) -> str:
+        module = self._inside[-1]
+        prefix, read = self._names[module], {_place(x) for x in _tensors(args)}
+        for name, parameter in module.named_parameters():
+            if parameter.numel() and _place(parameter) in read:
+                return re.sub(r"[._](weight|bias)$", "", f"{prefix}.{name}".lstrip("."))
+        return prefix or "the model"
+
+
+def _tensors(args: tuple) -> list[Tensor]:
+    flat = [x for arg in args for x in (arg if isinstance(arg, (tuple, list)) else [arg])]
+    return [x for x in flat if isinstance(x, Tensor)]
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
 def first_bad(layers: dict[str, float], pixels_finite: bool) -> str:
-    """The first of `layers` whose output is not finite, else the one with the largest output."""
+    """The first of `layers` that made a value not finite, else the one that made the largest."""
     if not pixels_finite:
         return "none, the pixels themselves are not finite"
     bad = [name for name, value in layers.items() if not math.isfinite(value)]
     if bad:
         return bad[0]
     name = max(layers, key=layers.get)
-    return f"none without dropout; the largest output, {layers[name]:.3g}, is of {name}"
+    return f"none without dropout; the largest value, {layers[name]:.3g}, is of {name}"

@@ -7,12 +7,12 @@ late, since its import takes seconds and bad input should be told before.
 from __future__ import annotations
 
 import math
-import os
 import random
+import time
 import warnings
 import zlib
+from collections.abc import Callable
 from contextlib import redirect_stdout
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
 from train.config import OptimConfig
+from train.processes import gradient_limit, limit
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Of weights, clips and activations, by `optim.precision`."""
@@ -89,10 +90,51 @@ def build_engine(model: nn.Module, optim: OptimConfig, steps_per_epoch: int) -> 
             config=deepspeed_config(optim, dist.get_world_size(), trainable),
         )
     # Its own groups of processes would wait half an hour for one that is stuck.
-    limit = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", "10")))
-    for group in distributed_c10d._world.pg_map:
-        distributed_c10d._set_pg_timeout(limit, group)
+    for group, (backend, _) in distributed_c10d._world.pg_map.items():
+        wait = gradient_limit() if backend == "nccl" else limit()
+        distributed_c10d._set_pg_timeout(wait, group)
     return engine
+
+
+def update(engine: Any) -> None:
+    """The optimizer's step; the schedule goes on even where fp16 leaves the step out.
+
+    Raises ValueError if gradients in fp16 overflow whatever they are scaled by.
+    """
+    try:
+        engine.step()
+    except Exception as error:  # DeepSpeed's has no class of its own
+        if "loss scale already at minimum" not in str(error):
+            raise
+        raise ValueError(
+            "gradients must be finite in fp16: they overflow at the smallest loss scale; take "
+            "optim.precision=bf16 or a lower optim.lr"
+        ) from None
+    if not engine.was_step_applied():
+        engine.lr_scheduler.step()
+
+
+def read_later(number: Tensor) -> Callable[[], float]:
+    """Has `number` brought to the CPU; what is returned waits for it and gives it.
+
+    On a GPU that is not to wait for what is queued after this call. Raises RuntimeError there if it
+    takes longer than the processes wait for each other.
+    """
+    copied = number.to("cpu", non_blocking=True)
+    if not number.is_cuda:
+        return copied.item
+    event = torch.cuda.Event()
+    event.record()
+
+    def read() -> float:
+        until = time.monotonic() + limit().total_seconds()
+        while not event.query():  # nothing else could end a wait for gradients that never come
+            if time.monotonic() > until:
+                raise RuntimeError(f"the GPU timed out: no loss in {limit()} h")
+            time.sleep(1e-4)
+        return copied.item()
+
+    return read
 
 
 def deepspeed_config(optim: OptimConfig, world_size: int, trainable: int) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import copy
 import ctypes
 import gc
 import json
-import os
 import re
 import time
 from dataclasses import dataclass, replace
@@ -29,7 +28,7 @@ from torch import Tensor
 from train.config import OptimConfig
 from train.engine import DTYPES, build_engine, seed_dropout
 from train.job import Job
-from train.processes import StopSignals, gather, say
+from train.processes import StopSignals, gather, processes_here, say
 from zeroi2v.training_block import Memory
 
 GB = 1e9
@@ -64,7 +63,7 @@ def estimate(job: Job, signals: StopSignals) -> int:
     start = peak_memory(job.device)
     measure_pass(engine, clip, 1, optim)  # makes the optimizer's state
     memory, seconds = measure(engine, clip, optim)
-    limit = memory_limit(job.device)
+    limit, total = memory_limit(job.device)
     peak, computing = max(start, memory(clips)), seconds(clips)
     is_safe = max(gather(peak)) < SAFE * limit
     if is_safe:
@@ -75,8 +74,9 @@ def estimate(job: Job, signals: StopSignals) -> int:
     peak, step = max(gather(peak)), passes * max(gather(step))
     epoch = step * loader.steps_per_epoch
     say(
-        f"memory      {peak / GB:.2f} GB at most in a process, of {limit / GB:.1f} GB for each "
-        f"({'measured' if is_safe else 'extrapolated'}; {memory.a_clip / GB:.3f} for each of "
+        f"memory      {peak / GB:.2f} GB at most in a process; free for each are "
+        f"{limit / GB:.1f} of {total / GB:.1f} GB ("
+        f"{'measured' if is_safe else 'extrapolated'}; {memory.a_clip / GB:.3f} for each of "
         f"{clips} clips at once)"
     )
     say(
@@ -114,7 +114,8 @@ def read_clip(job: Job) -> tuple[Tensor, float]:
 def measure(engine: Any, clip: Tensor, optim: OptimConfig) -> tuple[Cost, Cost]:
     """Peak memory in bytes and time in seconds of a forward and backward pass, by its clips."""
     ones = measure_pass(engine, clip, 1, optim)
-    more = 2 if max(gather(3 * ones[0])) < memory_limit(engine.device) else 1
+    limit, _ = memory_limit(engine.device)
+    more = 2 if max(gather(3 * ones[0])) < limit else 1
     slopes = [
         (b - a) / more
         for a, b in zip(ones, measure_pass(engine, clip, 1 + more, optim), strict=True)
@@ -173,16 +174,40 @@ def run_pass(engine: Any, clip: Tensor, count: int, optim: OptimConfig, last: bo
         torch.cuda.synchronize()
 
 
-def memory_limit(device: torch.device) -> float:
-    """Bytes that each process may have: its part of this machine, or its GPU's."""
+def memory_limit(device: torch.device) -> tuple[float, float]:
+    """Bytes that each process may have, with what it holds already; and all bytes there are.
+
+    Of its GPU, or its part of the machine, where a control group may allow less.
+    """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info()[1]
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        free, total = torch.cuda.mem_get_info()
+        return free + torch.cuda.memory_reserved(), total
+    machine = psutil.virtual_memory()
+    free, total = min([(machine.available, machine.total), *group_memory()])
     own = sum(gather(psutil.Process().memory_info().rss)) / dist.get_world_size()
-    limit = own + psutil.virtual_memory().available / local
-    group = Path("/sys/fs/cgroup/memory.max")
-    text = group.read_text().strip() if group.exists() else "max"
-    return limit if text == "max" else min(limit, int(text) / local)
+    return own + free / processes_here(), total
+
+
+def group_memory(root: Path = Path("/sys/fs/cgroup")) -> list[tuple[int, int]]:
+    """Free and allowed bytes of each control group (version 2) that this process is in.
+
+    What files occupy in memory counts as free: it is given up when memory is needed.
+    """
+    own = Path("/proc/self/cgroup").read_text().strip().splitlines()[-1].rpartition("::")[2]
+    folder, found = root / own.lstrip("/"), []
+    for group in (folder, *folder.parents):
+        if not group.is_relative_to(root) or not (group / "memory.max").exists():
+            continue
+        allowed = (group / "memory.max").read_text().strip()
+        if allowed != "max":
+            files = sum(
+                int(size)
+                for kind, size in map(str.split, (group / "memory.stat").open())
+                if kind in ("active_file", "inactive_file")
+            )
+            used = int((group / "memory.current").read_text()) - files
+            found.append((max(0, int(allowed) - used), int(allowed)))
+    return found
 
 
 def advice(job: Job, engine: Any, clip: Tensor, memory: Cost, limit: float) -> list[str]:

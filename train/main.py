@@ -36,12 +36,21 @@ from tqdm import tqdm
 
 from train.config import load_config
 from train.divergence import is_bad, stop_diverged
-from train.engine import DTYPES, build_engine, checksum, seed_dropout, trained_weights
+from train.engine import (
+    DTYPES,
+    build_engine,
+    checksum,
+    read_later,
+    seed_dropout,
+    trained_weights,
+    update,
+)
 from train.estimate import estimate
 from train.job import Job, check_root, prepare
 from train.log import RunLog, cut_log
 from train.processes import (
     StopSignals,
+    add_up,
     end_children,
     end_processes,
     first_alone,
@@ -50,6 +59,7 @@ from train.processes import (
     start_processes,
     together,
     told_once,
+    wait_for_all,
 )
 from train.report import write_report
 from train.state import load_state, save_state
@@ -81,7 +91,7 @@ def main(argv: list[str]) -> None:
             job = together(lambda: prepare(config, device, None if args.dry_run else keep))
             with StopSignals() as signals:
                 status = estimate(job, signals) if args.dry_run else train(job, signals)
-                dist.barrier()
+                wait_for_all()
     finally:
         end_children()
         end_processes()
@@ -229,7 +239,7 @@ def train(job: Job, signals: StopSignals) -> int:
 
         begun, waited = time.perf_counter(), 0.0
         lr, losses = max(engine.get_lr()), []
-        for _ in range(accumulation):
+        for number in range(1, accumulation + 1):
             if losses:
                 engine.step()  # the weights stay as they are until the last forward pass
             asked = time.perf_counter()
@@ -239,14 +249,16 @@ def train(job: Job, signals: StopSignals) -> int:
             target = batch.target.to(device, non_blocking=True)
             logits = engine(video).float()
             loss = F.cross_entropy(logits, target, label_smoothing=optim.label_smoothing)
-            engine.backward(loss)
             losses.append(loss.detach())
-        loss, stop, bad = share(torch.stack(losses).mean(), signals, job.loader)
+            if number == accumulation:  # it is there before this backward pass has ended
+                mean = read_later(torch.stack(losses).mean())
+            engine.backward(loss)
+        loss, stop, bad = share(mean(), signals, job.loader)
         if is_bad(loss):
             parts = [x.item() for x in losses]
             weights = trained_weights(engine)
             stop_diverged(engine.module, job, twin, weights, progress.step + 1, parts, dtype)
-        engine.step()
+        update(engine)
         progress.step += 1
         if bad != num_bad:
             report_bad_files("train", job.loader, len(job.samples))
@@ -275,14 +287,10 @@ def train(job: Job, signals: StopSignals) -> int:
     return 128 + stop if stop else 0
 
 
-def share(loss: Tensor, signals: StopSignals, loader: ClipLoader) -> tuple[float, int, int]:
+def share(loss: float, signals: StopSignals, loader: ClipLoader) -> tuple[float, int, int]:
     """Mean loss, signal to stop at (or 0) and number of bad files, over all processes."""
     received = [signals.received == number for number in (signal.SIGINT, signal.SIGTERM)]
-    mine = torch.tensor([0.0, *received, len(loader.bad_files)], dtype=torch.float64)
-    mine = mine.to(loss.device)
-    mine[0] = loss
-    dist.all_reduce(mine)
-    total, interrupted, terminated, bad = mine.tolist()
+    total, interrupted, terminated, bad = add_up([loss, *received, len(loader.bad_files)])
     stop = signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0
     return total / dist.get_world_size(), int(stop), int(bad)
 

@@ -1,6 +1,9 @@
 """The processes of a run: how they start, agree, stop, and end when one of them is lost.
 
 Every error is told once, whichever processes meet it, and none of them waits for ever for another.
+What they tell each other goes over gloo, on a group of its own, from CPU to CPU; the default group
+carries gradients, on GPUs over NCCL. NCCL's watchdog kills a process without a word of ours, so
+that group waits longer than this one.
 """
 
 from __future__ import annotations
@@ -8,12 +11,11 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing import active_children, resource_tracker
 from typing import Any, TypeVar
@@ -30,20 +32,27 @@ T = TypeVar("T")
 _LOST = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "timed out")
 
 
+_control: dist.ProcessGroup | None = None
+
+
 def start_processes() -> torch.device:
     """Joins the other processes of the launcher, or becomes the only one; returns the device.
 
     A process waits for the others `DEEPSPEED_TIMEOUT` minutes at most, 10 unless it is set. Raises
-    OSError if the port where they meet is taken, or they don't come.
+    OSError if the port where they meet is taken, or they don't come; ValueError, or SystemExit in
+    several processes, if a machine has more of them than GPUs.
     """
+    global _control
     if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
         os.environ |= {k: str(v) for k, v in alone.items()}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    if torch.cuda.is_available():
+    has_gpu = torch.cuda.is_available()
+    # Before DeepSpeed is imported, which else guesses, and warns.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if has_gpu else "cpu")
+    os.environ.setdefault("DEEPSPEED_TIMEOUT", "10")
+    store = meet()
+    if has_gpu:
+        check_gpus(store)
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
         # A resumed run must repeat the same sums in the same order.
@@ -53,26 +62,75 @@ def start_processes() -> torch.device:
     else:
         device = torch.device("cpu")
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", cores_per_process())))
-    os.environ.setdefault("DS_ACCELERATOR", device.type)  # else DeepSpeed guesses, and warns
-    if not dist.is_initialized():
-        minutes = int(os.environ.setdefault("DEEPSPEED_TIMEOUT", "10"))
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        try:
-            dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
-        except dist.DistError as error:
-            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            if "EADDRINUSE" in str(error):
-                raise OSError(
-                    f"MASTER_PORT must be free: {place} is taken; choose another by the "
-                    "launcher's --master_port"
-                ) from None
-            reason = str(error).splitlines()[0]
-            raise OSError(f"the processes could not meet at {place}: {reason}") from None
+    try:
+        dist.init_process_group(
+            "nccl" if has_gpu else "gloo",
+            store=store,
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=gradient_limit(),
+            device_id=device if has_gpu else None,
+        )
+        _control = dist.new_group(backend="gloo", timeout=limit())
+    except dist.DistError as error:
+        raise OSError(f"the processes could not meet: {str(error).splitlines()[0]}") from None
     return device
+
+
+def meet() -> dist.Store:
+    """What the processes find each other by; a single one needs no port for it."""
+    if os.environ["WORLD_SIZE"] == "1":
+        return dist.HashStore()
+    try:
+        return next(dist.rendezvous("env://", timeout=limit()))[0]
+    except dist.DistError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        if "EADDRINUSE" in str(error):
+            raise OSError(
+                f"MASTER_PORT must be free: {place} is taken; choose another by the "
+                "launcher's --master_port"
+            ) from None
+        reason = str(error).splitlines()[0]
+        raise OSError(f"the processes could not meet at {place}: {reason}") from None
+
+
+def check_gpus(store: dist.Store) -> None:
+    """Ends all processes if there is no GPU for one of them; the first one tells."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    number, gpus = processes_here(), torch.cuda.device_count()
+    lacking = int(os.environ["LOCAL_RANK"]) >= gpus
+    store.set(f"gpus_{rank}", f"got {number} for {gpus}" if lacking else "")
+    found = [store.get(f"gpus_{other}").decode() for other in range(world_size)]
+    reason = max(found)
+    if not reason:
+        return
+    text = (
+        f"processes of a machine (--num_gpus, --nproc_per_node) must be at most its GPUs: {reason}"
+    )
+    if world_size == 1:
+        raise ValueError(text)
+    if rank == 0:
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        store.set("gpus_told", "")
+    with suppress(RuntimeError):  # the store goes with the first process
+        store.wait(["gpus_told"])  # else the launcher kills the first before it has told
+    raise SystemExit(1)
+
+
+def limit() -> timedelta:
+    """How long a process waits for the others."""
+    return timedelta(minutes=int(os.environ["DEEPSPEED_TIMEOUT"]))
+
+
+def gradient_limit() -> timedelta:
+    """The same for gradients: on GPUs it is for the control group to tell first."""
+    return limit() + timedelta(minutes=2 if torch.cuda.is_available() else 0)
 
 
 def end_processes() -> None:
     """Leaves the group; without this some exits end in an abort."""
+    global _control
+    _control = None
     if "deepspeed" in sys.modules:
         from deepspeed import comm
 
@@ -93,16 +151,32 @@ def end_children() -> None:
 
 def cores_per_process() -> int:
     """CPU cores this process may use beside the others on its machine."""
-    cores = len(os.sched_getaffinity(0))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
-    return max(1, cores // local)
+    return max(1, len(os.sched_getaffinity(0)) // processes_here())
+
+
+def processes_here() -> int:
+    """Processes of the run on this machine, as torchrun or DeepSpeed's launcher tells."""
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
+    return int(next((os.environ[name] for name in names if name in os.environ), 1))
 
 
 def gather(value: T) -> list[T]:
     """`value` of every process, in order of rank."""
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_control)
     return values
+
+
+def add_up(numbers: list[float]) -> list[float]:
+    """Each of `numbers`, summed over all processes."""
+    totals = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(totals, group=_control)
+    return totals.tolist()
+
+
+def wait_for_all() -> None:
+    """Returns when every process has come here."""
+    dist.barrier(group=_control)
 
 
 def together(work: Callable[[], T]) -> T:
@@ -123,7 +197,7 @@ def together(work: Callable[[], T]) -> T:
     if dist.get_rank() == 0:
         for message in messages:
             print(f"error: {message}", file=sys.stderr, flush=True)
-    dist.barrier()  # nobody leaves before it is printed: the launcher then kills the others
+    wait_for_all()  # nobody leaves before it is printed: the launcher then kills the others
     raise SystemExit(1)
 
 
@@ -156,9 +230,6 @@ def told_once() -> Iterator[None]:
         if not several:
             raise
         tell(str(error))
-        end_processes()  # cuts the others short
-        time.sleep(3)  # while they ask the store, which may live in this process
-        raise SystemExit(1) from None
     except RuntimeError as error:
         text = str(error)
         lost = isinstance(error, dist.DistError) or any(word in text.lower() for word in _LOST)
@@ -170,7 +241,11 @@ def told_once() -> Iterator[None]:
             f"a process of this run has died or is stuck ({reason}); start it again with "
             "run.resume=auto"
         )
-        raise SystemExit(1) from None
+    else:
+        return
+    end_processes()  # cuts the others short
+    time.sleep(3)  # while they ask the store, which may live in this process
+    raise SystemExit(1)
 
 
 def say(text: str) -> None:

@@ -1,0 +1,65 @@
+"""The layer that is named for numbers gone wrong is the one where they did, on every path."""
+
+import re
+
+import pytest
+import torch
+from models import build, small_config
+
+from train.divergence import first_bad, watch
+from zeroi2v.attention import set_backend
+from zeroi2v.training_block import can_train
+
+CONFIG = small_config(depth=2, width=192, num_frames=2)  # heads of 16
+NAMES = [n for n, _ in build(CONFIG).named_parameters() if "resblocks.0" not in n]
+
+
+def layer_named(model, video) -> str:
+    logits, layers = watch(model, video)
+    assert not logits.isfinite().any()
+    return first_bad(layers, pixels_finite=True)
+
+
+def planted(name: str):
+    """A model whose parameter `name` has no finite number, and a video for it."""
+    torch.manual_seed(0)
+    model = build(CONFIG).freeze()
+    with torch.no_grad():
+        model.get_parameter(name).fill_(float("nan"))
+    size, frames = CONFIG.image_size, CONFIG.num_frames
+    return model, torch.randn(1, 3, frames, size, size)
+
+
+@pytest.mark.parametrize("path", ["plain", "kernels"])
+@pytest.mark.parametrize("name", NAMES)
+def test_layer_with_a_planted_nan_is_named(monkeypatch, name, path):
+    model, video = planted(name)
+    if path == "kernels":
+        monkeypatch.setattr("zeroi2v.model.uses_kernels", lambda _: True)
+        set_backend(model, "triton")
+    assert layer_named(model, video) == re.sub("[._](weight|bias)$", "", name)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if "resblocks" in n])
+def test_layer_with_a_planted_nan_is_named_though_training_calls_no_module(name):
+    model, video = planted(name)
+    model.train()
+    called = []
+    block = model.transformer.resblocks[1]
+    for module in block.modules():
+        if module is not block:
+            module.register_forward_hook(lambda *_: called.append(1))
+    assert can_train(block, model.embed(video))
+    assert not model(video).isfinite().any() and not called
+    assert layer_named(model, video) == re.sub("[._](weight|bias)$", "", name)
+
+
+def test_arithmetic_without_weights_is_named_by_its_module():
+    """Here an adapter, whose branch overflows when it is scaled."""
+    model, video = planted("head.bias")
+    adapter = model.transformer.resblocks[1].attn.in_adapter
+    with torch.no_grad():
+        model.head.bias.zero_()
+        adapter.up.bias.fill_(1e35)
+    adapter.scale = 1e10
+    assert layer_named(model, video) == "transformer.resblocks.1.attn.in_adapter"

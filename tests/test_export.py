@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 import warnings
 import zipfile
 
@@ -51,6 +53,28 @@ def test_file_computes_the_merged_model_for_any_batch(merged, files, suffix):
         clips = seeded_clips(merged, count)
         with torch.no_grad():
             assert relative(model.eval()(clips), merged(clips)) <= 1e-4
+
+
+LOADED_ELSEWHERE = """
+import sys, torch
+from zeroi2v.deployed import load_deployed
+
+model = load_deployed(sys.argv[1], "meta")
+tensors = [*model.parameters(), *model.buffers()]
+assert tensors and all(tensor.is_meta for tensor in tensors)
+config = model.config
+size = (2, 3, config.num_frames, config.image_size, config.image_size)
+assert model(torch.empty(size, device="meta")).is_meta
+held = [a for node in model.program.graph.nodes for a in (*node.args, *node.kwargs.values())]
+assert "cpu" not in [str(a) for a in held], held
+"""
+
+
+def test_program_is_loaded_onto_another_device_with_all_that_it_holds(files):
+    # In a fresh interpreter: something else may have imported what moves it.
+    run = [sys.executable, "-c", LOADED_ELSEWHERE, str(files / "model.pt2")]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("suffix", SIDES.values())

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from fake_gpu import fake_gpu
 from models import build, small_config
 
 from zeroi2v.checkpoint import load
@@ -157,6 +158,33 @@ def test_command_writes_a_verified_model_and_its_report(tmp_path, capsys):
     assert run(main, [str(tmp_path / "merged"), "--out", str(tmp_path / "again")]) == 1
     assert "merged already" in capsys.readouterr().err
     assert not (tmp_path / "again").exists()
+
+
+def test_command_merges_and_proves_on_the_gpu_if_there_is_one(tmp_path, monkeypatch):
+    import zeroi2v.reparam as module
+
+    ran, saved = [], []
+    forward = VideoViT.forward
+
+    def watched(model, video):
+        ran.append((video.device.type, video.dtype, model.config.adapter is None))
+        return forward(model, video)
+
+    config = small_config()
+    build(config).save_pretrained(tmp_path / "adapted")
+    with fake_gpu(monkeypatch, number=1.0):  # an error of 1, and agreement of all
+        monkeypatch.setattr(module, "TOLERANCE", {torch.float64: 1.0})
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+        monkeypatch.setattr(VideoViT, "forward", watched)
+        monkeypatch.setattr(module, "load", lambda _folder: VideoViT(config).eval())
+        monkeypatch.setattr(module, "save", lambda *given: saved.append(given))
+        main([str(tmp_path / "adapted"), "--out", str(tmp_path / "merged"), "--dtype", "bf16"])
+    expected = {("cuda", d, m) for d in (torch.float64, torch.bfloat16) for m in (True, False)}
+    assert set(ran) == expected
+    model, _, files = saved[0]
+    assert {p.device.type for p in model.parameters()} == {"cuda"}
+    assert json.loads(files["merge_report.json"])["device"] == "Some GPU"
 
 
 @pytest.mark.parametrize("dtype, expected", [("bf16", torch.bfloat16), ("fp16", torch.float16)])

@@ -91,7 +91,9 @@ class ExportedModel(nn.Module):
             raise ValueError(f"exported program can't be read: {path} ({reason})") from None
         self.config = read_embedded(extra[CONFIG_KEY], path)
         if torch.device(device).type != "cpu":
-            program = torch.export.passes.move_to_device_pass(program, device)
+            from torch.export.passes import move_to_device_pass  # `import torch` leaves it out
+
+            program = move_to_device_pass(program, device)
         self.program = program.module(check_guards=False)
 
     def forward(self, video: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
 
 Merging is computed in float64 and then cast. Before anything is written, the merged model is run
 beside the adapted one: in float64, where they must agree to 1e-10 on one clip, and in the dtype
-asked for on all.
+asked for on all. All of it is computed on the GPU if there is one.
 """
 
 from __future__ import annotations
@@ -98,10 +98,10 @@ def merge(model: VideoViT, dtype: torch.dtype | None = None) -> VideoViT:
                 (("mlp.c_proj.weight", "mlp.c_proj.bias"), block.mlp.out_adapter, merge_after),
             ):
                 weight, bias = (place + name for name in names)
-                made[weight], made[bias] = rule(state[weight], state[bias], adapter)
-        for name in merged.state_dict():  # float64 goes as it is cast, the model's own stays
-            cast = made.pop(name).to(dtype) if name in made else state[name].to(dtype, copy=True)
-            made[name] = cast
+                both = rule(state[weight], state[bias], adapter)
+                made[weight], made[bias] = (tensor.to(dtype) for tensor in both)
+        for name in merged.state_dict().keys() - made.keys():
+            made[name] = state[name].to(dtype, copy=True)
     merged.load_state_dict(made, assign=True)
     merged.origins = dict(model.origins)
     return merged.eval()
@@ -189,7 +189,8 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m zeroi2v.reparam",
         description="Merge a model's adapters into its weights. The merged model is verified "
-        "against the adapted one first, and written only if it passes.",
+        "against the adapted one first, and written only if it passes. Computed on the GPU, if "
+        "there is one; CUDA_VISIBLE_DEVICES= hides it.",
     )
     parser.add_argument("model", help="run folder (its best model) or model folder")
     parser.add_argument("--out", required=True, help="folder for the merged model")
@@ -207,7 +208,9 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"{source} is merged already: it has no adapters")
     clips = _video_clips(adapted, args.clips, args.root) if args.clips else seeded_clips(adapted)
 
-    print(f"merging {source}: {sum(_adapter_sizes(adapted)):,} adapter parameters")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    adapted.to(device)
+    print(f"merging {source}: {sum(_adapter_sizes(adapted)):,} adapter parameters, on {device}")
     own = adapted.head.weight.dtype
     dtype = DTYPES[args.dtype] if args.dtype else own
     reports = []
@@ -225,6 +228,7 @@ def main(argv: list[str]) -> None:
     figures = {
         "source": str(args.model),
         "clips": args.clips or "seeded noise",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "parameters_before": sum(p.numel() for p in adapted.parameters()),
         "parameters_after": sum(p.numel() for p in merged.parameters()),
         "checks": [dataclasses.asdict(report) for report in reports],

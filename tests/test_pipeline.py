@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,10 @@ from zeroi2v.data import augment as changes
 from zeroi2v.data import frame_cache, pipeline, source
 from zeroi2v.data.annotations import Sample
 from zeroi2v.data.decode import DecodeError, read_frames
+from zeroi2v.data.graph import clip_graph
 from zeroi2v.data.pipeline import AugmentConfig, ClipLoader, check_bad_files
 from zeroi2v.data.sampling import dense_indices, uniform_indices
+from zeroi2v.data.source import ClipSource
 
 SIZES = ((96, 128), (128, 96), (64, 64), (90, 160))
 FULL = AugmentConfig(erasing=0.5)
@@ -760,3 +763,26 @@ def test_memory_stays_flat_over_2000_clips(samples):
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             sizes.append(pages * resource.getpagesize() / 2**20)
     assert len(sizes) == 10 and sizes[-1] - sizes[1] < 8, sizes
+
+
+@pytest.mark.parametrize("mixing", [{}, dict(mixup=0.8)])
+@pytest.mark.parametrize("decoder", ["pyav", "dali"])
+def test_no_node_of_the_graph_for_a_gpu_is_made_again_to_be_moved_there(samples, decoder, mixing):
+    """DALI merges equal nodes, and loses one that is also moved to the GPU: the first batch fails."""
+    augment = AugmentConfig(erasing=0.25, **mixing)
+    loader = ClipLoader(
+        samples, config(), batch_size=2, augment=augment, device="cuda:0", decoder=decoder
+    )
+    clips = ClipSource(loader.plan, 0, 0)
+    graph = clip_graph(clips, loader.plan, True, False, batch_size=2, num_threads=1, device_id=0)
+    graph._build_graph()
+    equal, devices = defaultdict(list), defaultdict(set)  # of which outputs are read there
+    for node in graph._ops:
+        inputs, rest = str(node.spec).split("  Outputs:\n")
+        arguments = rest.split("  Arguments:\n")[1].split("    _origin_stack")[0]
+        equal[inputs + arguments].append({edge.name for edge in node.outputs})
+        for edge in node.inputs:
+            devices[edge.name].add(edge.device)
+    for text, nodes in equal.items():
+        read = set().union(*(devices[name] for outputs in nodes for name in outputs))
+        assert len(nodes) == 1 or len(read) <= 1, text

@@ -87,7 +87,8 @@ def _rand_augment(frames, op, gpu: bool):
     """Applies to each clip the one operation that its row of numbers asks for."""
     kind, value = fn.cast(op[0], dtype=types.INT32), op[1]
     matrix = fn.reshape(op[2:8], shape=[2, 3])
-    operand, kernel = op[1], fn.reshape(op[2:11], shape=[3, 3])
+    # Not another `op[1]`: DALI merges equal nodes, and loses one that is moved to the GPU as well.
+    operand, kernel = value, fn.reshape(op[2:11], shape=[3, 3])
     if gpu:
         operand, kernel = operand.gpu(), kernel.gpu()
     choices = [globals()[f"_{name}"] for name in KINDS]

@@ -768,7 +768,7 @@ def test_memory_stays_flat_over_2000_clips(samples):
 @pytest.mark.parametrize("mixing", [{}, dict(mixup=0.8)])
 @pytest.mark.parametrize("decoder", ["pyav", "dali"])
 def test_no_node_of_the_graph_for_a_gpu_is_made_again_to_be_moved_there(samples, decoder, mixing):
-    """DALI merges equal nodes, and loses one that is also moved to the GPU: the first batch fails."""
+    """DALI merges equal nodes, and loses one that is moved to the GPU as well."""
     augment = AugmentConfig(erasing=0.25, **mixing)
     loader = ClipLoader(
         samples, config(), batch_size=2, augment=augment, device="cuda:0", decoder=decoder

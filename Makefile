@@ -1,7 +1,9 @@
 # `make demo` is the whole job in minutes; `make test` is what CI runs. Both build .venv by themselves.
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check
-# One OpenMP thread per process unless told: several processes with many threads each spin for hours.
+# Few OpenMP threads per process unless told: several processes with many each spin for hours.
+# A bench is alone, and its truths are computed in float64: it has all cores.
+BENCH_THREADS := $(or $(OMP_NUM_THREADS),$(shell nproc))
 export OMP_NUM_THREADS ?= 2
 
 .PHONY: all demo test bench bench-compare check clean
@@ -23,6 +25,7 @@ test: .venv/installed check
 # Times what can be timed here and renders the report: in .venv if there is one, else with PYTHON,
 # which needs torch, triton, pytest, numpy, einops, safetensors, huggingface_hub, pyyaml and tqdm only.
 # BENCH holds options of pytest: make bench BENCH='-k zero_cost'
+bench bench-compare: export OMP_NUM_THREADS = $(BENCH_THREADS)
 BENCH_PYTHON = PYTHONPATH=.:kernels $(if $(wildcard .venv/installed),.venv/bin/python,$(PYTHON))
 bench:
 	@status=0; $(BENCH_PYTHON) -m pytest bench --benchmark $(BENCH) || status=$$?; \

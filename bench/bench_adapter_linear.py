@@ -27,7 +27,7 @@ from zeroi2v_kernels.adapter_linear import (
     dropout_mask,
 )
 
-from bench.machine import DTYPES
+from bench.cases import DTYPES, REST
 
 PLACES = {  # features in and out in widths, whether the adapter comes after
     "before qkv": (1, 3, False),
@@ -39,13 +39,16 @@ WIDTHS = {"B/16": 768, "L/14": 1024}
 ROWS = {"cpu": 8 * 197, "cuda": 64 * 8 * 197}
 """Tokens: of one clip of 8 frames, or of a batch of 64."""
 LINEAR, MODULES, OURS = "linear alone", "modules", "adapter_linear"
+DROPOUT_AND_DIRECTION = [
+    (0.0, "forward"),
+    pytest.param(0.0, "forward+backward", marks=REST),
+    pytest.param(0.1, "forward", marks=REST),
+    (0.1, "forward+backward"),
+]
 
-WHERE = "cuda" if torch.cuda.is_available() else "cpu"
 
-
-@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("dtype", DTYPES[WHERE])
+@pytest.mark.parametrize("dropout, direction", DROPOUT_AND_DIRECTION)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("model", WIDTHS)
 def bench_adapter_linear(model, place, dtype, dropout, direction, compare, timed, device):
@@ -53,11 +56,11 @@ def bench_adapter_linear(model, place, dtype, dropout, direction, compare, timed
     into, out_of, after = PLACES[place]
     into, out_of, rank = into * width, out_of * width, width // 4
     backward = direction == "forward+backward"
-    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        drawn = torch.randn(shape, generator=generator) * shape[-1] ** -0.5
-        return drawn.to(device, getattr(torch, dtype))
+        drawn = torch.randn(shape, device=device) * shape[-1] ** -0.5
+        return drawn.to(getattr(torch, dtype))
 
     x, weight, bias = draw(rows, into) * into**0.5, draw(out_of, into), draw(out_of)
     parts = [draw(rank, width), draw(rank), draw(width, rank), draw(width)]

@@ -20,6 +20,7 @@ import pytest
 import torch
 from av.video.reformatter import VideoReformatter
 
+from bench.cases import parameters
 from zeroi2v import RECIPES, VideoViT
 from zeroi2v.config import ModelConfig, PreprocessConfig
 from zeroi2v.data.annotations import Sample
@@ -217,7 +218,7 @@ def bench_pixels_by_codec(codec, tmp_path, store, device):
     store(rows, device=device, gop=50)
 
 
-@pytest.mark.parametrize("gop", [12, 50, 250])
+@pytest.mark.parametrize("gop", parameters((12, 50, 250), essential=[50]))
 def bench_decoders(gop, tmp_path, compare, device):
     """Clips a second of the same loader with either decoder."""
     codec = "h264" if GPU else "vp9"

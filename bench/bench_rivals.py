@@ -15,7 +15,8 @@ from bench.baselines.aim import aim
 from bench.baselines.joint import joint
 from bench.baselines.published import PUBLISHED, Published
 from bench.baselines.st_adapter import st_adapter
-from bench.bench_zero_cost import CASES, LIMITS, build, counted_on_fakes
+from bench.bench_zero_cost import counted_on_fakes
+from bench.cases import DTYPES, LIMITS, shapes
 
 BASELINE = "ZeroI2V, merged"
 VIEWS = 3
@@ -23,12 +24,13 @@ ROUNDS = {("B/16", 8): 5, ("L/14", 8): 3, ("L/14", 32): 1}
 """On a CPU; on a GPU as many as fit."""
 
 
-@pytest.mark.parametrize("model, frames, dtype", CASES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@shapes()
 @torch.no_grad()
-def bench_rivals(model, frames, dtype, compare, timed, device):
-    case = build(model, frames, timed)
-    adapted, merged, image = case.models(dtype, device)
-    video = case.clips[:1].to(device, getattr(torch, dtype))
+def bench_rivals(case, dtype, compare, device):
+    model, frames = case.model, case.frames
+    adapted, merged, image = case.models(dtype)
+    video = case.video(dtype)
     models = {
         BASELINE: merged,
         "plain image ViT": image,
@@ -37,8 +39,6 @@ def bench_rivals(model, frames, dtype, compare, timed, device):
         "AIM": aim(image),
         "joint attention": joint(image),
     }
-    for name in ("ST-Adapter", "AIM"):
-        models[name].to(video.device, video.dtype)
     logits = image(video)
     expected = {BASELINE: adapted(video), "ZeroI2V, adapted": adapted(video)}
     expected |= dict.fromkeys(("plain image ViT", "ST-Adapter", "AIM"), logits)

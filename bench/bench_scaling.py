@@ -4,12 +4,14 @@ Heads that look at a neighbouring frame leave a frame's cost as it is; attention
 at once does not.
 """
 
+import copy
 import dataclasses
 
 import pytest
 import torch
 
 from bench.baselines.joint import joint
+from bench.cases import adapted_model
 from zeroi2v import RECIPES, VideoViT
 from zeroi2v.reparam import seeded_clips
 
@@ -24,24 +26,24 @@ LIMIT = 0.05
 @pytest.mark.parametrize("frames", FRAMES)
 @torch.no_grad()
 def bench_scaling(frames, compare, timed, device):
-    torch.manual_seed(0)
     config = dataclasses.replace(
         RECIPES["vit_b16_k400_8x16"].model, adapter=None, num_frames=frames
     )
     if not timed:
         config = dataclasses.replace(config, width=192, depth=2, image_size=64)
-    merged = VideoViT(config).eval()
+    merged = adapted_model(config, device)
     offsets = (0,) * config.num_heads
-    image = VideoViT(dataclasses.replace(config, head_offsets=offsets)).eval()
-    image.load_state_dict(merged.state_dict())
+    with torch.device("meta"):
+        image = VideoViT(dataclasses.replace(config, head_offsets=offsets)).eval()
+    image.load_state_dict(copy.deepcopy(merged.state_dict()), assign=True)
     models = {IMAGE: image, "merged": merged, "joint attention": joint(image)}
-    video = seeded_clips(merged, count=1)
+    video = seeded_clips(merged, count=1).to(device)
     truth = {name: model(video) for name, model in models.items()}
-    models = {name: model.to(device, torch.bfloat16) for name, model in models.items()}
-    video = video.to(device, torch.bfloat16)
+    models = {name: model.to(torch.bfloat16) for name, model in models.items()}
+    video = video.bfloat16()
 
     def check(name, output):
-        error = (output.float().cpu() - truth[name]).norm() / truth[name].norm()
+        error = (output.float() - truth[name]).norm() / truth[name].norm()
         assert error <= LIMIT, f"{name} has a relative error of {error:.2e}"
 
     compare(

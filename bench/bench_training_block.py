@@ -9,6 +9,7 @@ CPU it is counted event by event, so it has no noise.
 On a GPU, as on a CPU: `pytest bench/bench_training_block.py --benchmark`.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bench.baselines.naive_block import naive_block
+from bench.cases import WHERE, adapted_model
 from zeroi2v import RECIPES, VideoViT
 from zeroi2v.reparam import seeded_clips
 
@@ -25,7 +27,9 @@ POLICIES = ("save", "lean", "recompute")
 CASES = {  # recipe and clips
     "cpu": [("vit_b16_k400_8x16", 1), ("vit_l14_k400_8x16", 1)],
     "cuda": [("vit_b16_k400_8x16", 16), ("vit_l14_k400_8x16", 8)],
-}["cuda" if torch.cuda.is_available() else "cpu"]
+}[WHERE]
+DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}[WHERE]
+"""In which a step is timed; all are checked against float32."""
 GOALS = {
     "cpu": {
         "save float32 / naive float32": 0.95,
@@ -44,25 +48,21 @@ GOALS = {
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("recipe, clips", CASES)
 def bench_training_block(recipe, clips, compare, timed, device):
-    torch.manual_seed(0)
     config = RECIPES[recipe].model
     small = {} if timed else dict(depth=2, image_size=4 * config.patch_size)  # enough to check
     config = dataclasses.replace(config, head_dropout=0.0, **small)
-    models = {"float32": VideoViT(config).freeze().train()}
-    for parameter in models["float32"].parameters():
-        if parameter.abs().max() == 0:  # a fresh adapter does nothing
-            torch.nn.init.normal_(parameter, std=0.02)
-    models["bfloat16"] = VideoViT(config).freeze().train()
-    models["bfloat16"].load_state_dict(models["float32"].state_dict())
+    models = {"float32": adapted_model(config, device).freeze().train()}
+    models["bfloat16"] = copy.deepcopy(models["float32"]).bfloat16()
     video = seeded_clips(models["float32"], count=clips).to(device)
-    for dtype, model in models.items():
-        model.to(device, getattr(torch, dtype))
+    models["float32"].eval()
+    truth = step(models["float32"], "naive", video)
+    models = {dtype: models[dtype].train() for dtype in DTYPES}
     contestants = {
         f"{block} {dtype}": partial(step, model, block, video)
         for dtype, model in models.items()
         for block in ("naive", *POLICIES)
     }
-    prove_equal(models, contestants)
+    prove_equal(truth, models, contestants)
     saved = {
         f"{block} {dtype}": widths_saved(model, block, video)
         for dtype, model in models.items()
@@ -70,7 +70,7 @@ def bench_training_block(recipe, clips, compare, timed, device):
     }
     compare(
         contestants,
-        baseline="naive float32",
+        baseline=next(iter(contestants)),
         memory=True,
         energy=True,
         rounds=3 if device == "cpu" else None,
@@ -120,11 +120,12 @@ def widths_saved(model: VideoViT, block: str, video: Tensor) -> float:
     return sum(storage.nbytes() for storage in kept.values()) / (x.numel() * x.element_size())
 
 
-def prove_equal(models: dict[str, VideoViT], contestants: dict[str, Callable]) -> None:
-    """Without dropout all contestants give the same gradients, as far as their dtype goes."""
+def prove_equal(
+    expected: list[Tensor], models: dict[str, VideoViT], contestants: dict[str, Callable]
+) -> None:
+    """Without dropout all contestants give these gradients, as far as their dtype goes."""
     for model in models.values():
         model.eval()
-    expected = contestants["naive float32"]()
     for name, contestant in contestants.items():
         limit = 1e-4 if name.endswith("float32") else 0.1
         for actual, truth in zip(contestant(), expected, strict=True):

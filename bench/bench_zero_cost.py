@@ -9,30 +9,23 @@ Before any is timed, each must give the outputs of the model in float64, and the
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable
-from functools import lru_cache
-from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bench import machine
 from bench.baselines.authors_shift import AuthorsViT
 from bench.baselines.image_models import IMAGE_MODELS, pooled
+from bench.cases import DTYPES, LIMITS, RECIPE, WHERE, shapes
 from bench.flops import counted, formula
-from bench.machine import DTYPES
-from zeroi2v import RECIPES, VideoViT, merge, verify
+from zeroi2v import VideoViT, verify
 from zeroi2v.config import AdapterConfig, ModelConfig
 from zeroi2v.reparam import seeded_clips
 
-RECIPE = {
-    ("B/16", 8): "vit_b16_k400_8x16",
-    ("L/14", 8): "vit_l14_k400_8x16",
-    ("L/14", 32): "vit_l14_k400_32x4",
-}
 TRANSFORMERS, IMAGE = "transformers CLIP", "plain image ViT"
 AUTHORS, AUTHORS_FUSED = "authors' way", "authors' way, fused attention"
 LEFT_OUT = {"timm ViT", "open_clip ViT", AUTHORS_FUSED}
@@ -42,36 +35,22 @@ GOALS = {
     "L/14": {f"merged / {TRANSFORMERS}": 0.97, f"merged / {AUTHORS}": 0.88},
 }
 """Ratios of time on a CPU."""
-LIMITS = {"float32": 1e-5, "bfloat16": 0.05, "float16": 0.01}
-"""Relative error that any contestant may have. A kernel that errs is off by far more."""
 ROUNDS = {("B/16", 8): 7, ("L/14", 8): 3, ("L/14", 32): 2}
 """On a CPU; on a GPU as many as fit."""
-BATCHES = {"cpu": {("B/16", 8): (2, 4), ("L/14", 8): (2,)}, "cuda": (4, 16, 64)}
+BATCHES = {"cpu": (2, 4), "cuda": (4, 16, 64)}[WHERE]
 """Clips in a run, beside the single clip that latency is measured with."""
 
-WHERE = "cuda" if torch.cuda.is_available() else "cpu"
-CASES = [(*case, dtype) for case in RECIPE for dtype in DTYPES[WHERE]]
 
-
-def batches() -> list:
-    """Model, frames, dtype and batch of each case of the throughput bench."""
-    sizes = BATCHES[WHERE]
-    return [
-        (*case, batch)
-        for case in CASES
-        for batch in (sizes.get(case[:2], ()) if WHERE == "cpu" else sizes)
-    ]
-
-
-@pytest.mark.parametrize("model, frames, dtype", CASES)
+@pytest.mark.parametrize("dtype", machine.DTYPES[WHERE])
+@shapes()
 @torch.no_grad()
-def bench_zero_cost(model, frames, dtype, compare, timed, device, monkeypatch):
+def bench_zero_cost(case, dtype, compare, timed, device, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # float32 means float32
-    case = build(model, frames, timed)
-    adapted, merged, image = case.models(dtype, device)
+    model, frames = case.model, case.frames
+    adapted, merged, image = case.models(dtype)
     report = verify(adapted, merged, case.clips)
     assert report.passed, str(report)
-    video = case.clips[:1].to(device, getattr(torch, dtype))
+    video = case.video(dtype)
     models, contestants, absent = line_up(adapted, merged, image, video)
     if timed and device == "cpu" and frames == 32:
         for name in LEFT_OUT & contestants.keys():
@@ -84,7 +63,7 @@ def bench_zero_cost(model, frames, dtype, compare, timed, device, monkeypatch):
 
     def check(name, output):
         truth = case.logits if output.shape == case.logits.shape else case.features
-        errors[name] = ((output.cpu().double() - truth).norm() / truth.norm()).item()
+        errors[name] = ((output.double() - truth).norm() / truth.norm()).item()
         assert errors[name] <= LIMITS[dtype], f"{name} has a relative error of {errors[name]:.2e}"
 
     baseline = next(iter(contestants))
@@ -115,11 +94,12 @@ def bench_zero_cost(model, frames, dtype, compare, timed, device, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("model, frames, dtype, batch", batches())
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@shapes(*(shape for shape in RECIPE if WHERE == "cuda" or shape[1] == 8))
 @torch.no_grad()
-def bench_zero_cost_throughput(model, frames, dtype, batch, compare, timed, device):
-    case = build(model, frames, timed)
-    adapted, merged, image = case.models(dtype, device)
+def bench_zero_cost_throughput(case, dtype, batch, compare, device):
+    adapted, merged, image = case.models(dtype)
     video = seeded_clips(adapted, count=batch).to(device, getattr(torch, dtype))
     _, contestants, absent = line_up(adapted, merged, image, video)
     baseline = next(iter(contestants))
@@ -140,56 +120,13 @@ def bench_zero_cost_throughput(model, frames, dtype, batch, compare, timed, devi
         graph=True,
         memory=True,
         rounds=3 if device == "cpu" else None,
-        model=model,
-        frames=frames,
+        model=case.model,
+        frames=case.frames,
         batch=batch,
         clips=batch,
         dtype=dtype,
         flops={name: batch * flops_by_formula(name, config) for name in contestants},
     )
-
-
-class Case(NamedTuple):
-    """The models of one shape in float32, and what they give in float64, on the CPU."""
-
-    adapted: VideoViT
-    merged: VideoViT
-    image: VideoViT
-    clips: Tensor
-    logits: Tensor
-    """Of the adapted model for the first clip, `[1, num_classes]`."""
-    features: Tensor
-    """Of the image model for the frames of the first clip, `[T, C]`."""
-
-    def models(self, dtype: str, device: str) -> list[VideoViT]:
-        """Adapted, merged and image model, copied to a device and a dtype."""
-        models = (self.adapted, self.merged, self.image)
-        return [copy.deepcopy(m).to(device, getattr(torch, dtype)) for m in models]
-
-
-@lru_cache(maxsize=1)  # dtypes and batches of a shape come one after the other
-def build(model: str, frames: int, timed: bool) -> Case:
-    """The models of a recipe; small ones suffice to check, one clip does for the largest."""
-    torch.manual_seed(0)
-    config = RECIPES[RECIPE[model, frames]].model
-    if not timed:
-        small = dict(width=16 * config.num_heads, depth=2, image_size=4 * config.patch_size)
-        config = dataclasses.replace(config, **small)
-    adapted = VideoViT(config).eval()
-    for parameter in adapted.parameters():
-        if parameter.abs().max() == 0:  # a fresh adapter does nothing: give it something to merge
-            torch.nn.init.normal_(parameter, std=0.02)
-    merged = merge(adapted)
-    with torch.device("meta"):
-        offsets = (0,) * config.num_heads
-        image = VideoViT(dataclasses.replace(merged.config, head_offsets=offsets)).eval()
-    no_time = torch.zeros_like(merged.temporal_embedding)  # the image model knows none
-    image.load_state_dict(merged.state_dict() | {"temporal_embedding": no_time}, assign=True)
-    clips = seeded_clips(adapted, count=max(1, 16 // frames if timed else 2))
-    video = clips[:1].double()
-    logits = copy.deepcopy(adapted).double()(video)
-    features = copy.deepcopy(image).double().features(video)[0]
-    return Case(adapted, merged, image, clips, logits, features)
 
 
 def line_up(

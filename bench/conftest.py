@@ -1,7 +1,8 @@
 """How benches run: `pytest bench` checks each once, `pytest bench --benchmark` also times it.
 
-A bench proves its contestants right before it times them, in rounds in which all take turns.
-Figures go to `bench/results/<machine>.json`, and to pytest-benchmark if that is installed.
+Timed are the cases that tell something new, the others too with `--all`. A bench proves its
+contestants right before it times them, in rounds in which all take turns. Figures go to
+`bench/results/<machine>.json`, and to pytest-benchmark if that is installed.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from bench import machine, measure
 if not torch.cuda.is_available():  # kernels run in Triton's interpreter; it reads this at import
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+SECONDS = {"cpu": 60.0, "cuda": 4.0}
+TIMEOUT = {"cpu": 3600, "cuda": 180}
+"""Of a bench, in seconds; `bench_training_block.py` on a CPU has more."""
 RESULTS = Path(__file__).with_name("results")
 TAKEN = {"bench", "commit", "command", "date", "took", "rows"}
 """Names of what is stored with every bench."""
@@ -41,15 +45,42 @@ OPTIONAL = (
 def pytest_addoption(parser):
     group = parser.getgroup("zeroi2v benches")
     group.addoption("--benchmark", action="store_true", help="time the benches, not only check")
+    group.addoption("--all", action="store_true", help="time also the cases that tell little new")
     group.addoption("--rounds", type=int, help="timed rounds of each bench; default: what fits")
-    group.addoption("--seconds", type=float, default=60, help="time to fill with rounds (60)")
+    group.addoption(
+        "--seconds",
+        type=float,
+        default=SECONDS[machine.device()],
+        help="time to fill with rounds; default: 60, on a GPU 4",
+    )
     group.addoption("--results", type=Path, default=RESULTS, help="folder of the figures")
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "rest: a bench that is timed with --all alone")
+
+
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--benchmark") and config.pluginmanager.hasplugin("timeout"):
+    """Leaves out what is not timed, and puts data last: DALI's threads would end a capture."""
+    items.sort(key=lambda item: item.path.name == "bench_data.py")
+    if not config.getoption("--benchmark"):
+        return
+    if not config.getoption("--all"):
+        rest = [item for item in items if item.get_closest_marker("rest")]
+        items[:] = [item for item in items if item not in rest]
+        config.hook.pytest_deselected(items=rest)
+    if config.pluginmanager.hasplugin("timeout"):
         for item in items:
-            item.add_marker(pytest.mark.timeout(3600))
+            item.add_marker(pytest.mark.timeout(TIMEOUT[machine.device()]))
+
+
+@pytest.fixture(autouse=True)
+def freed():
+    """Gives back a GPU's memory, graphs' too, before the next bench asks for it."""
+    yield
+    if machine.device() == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 @contextmanager
@@ -106,6 +137,14 @@ def timed(request) -> bool:
 def device() -> str:
     """Where benches run: `cuda` if there is a GPU, else `cpu`."""
     return machine.device()
+
+
+@pytest.fixture(scope="session")
+def case(request, timed, device):
+    """The models of the shape that `bench.cases.shapes` asks for; the last one's are freed."""
+    from bench.cases import build
+
+    return build(*request.param, timed, device)
 
 
 @pytest.fixture(scope="session")
@@ -238,15 +277,16 @@ def compare(request, benchmark, store, timed):
 def _warm_up(contestants, rows, check, device, graph, memory) -> dict[str, Callable]:
     """Runs and checks each contestant once; returns them, captured in graphs if that is wanted.
 
-    Adds peak bytes and whether there is a graph to `rows`.
+    Adds peak bytes and whether there is a graph to `rows`. Graphs share their memory, so what a
+    replay returns holds until the next one.
     """
-    ready = {}
+    ready, pool = {}, torch.cuda.graph_pool_handle() if graph else None
     for name, contestant in contestants.items():
         output, ready[name] = None, contestant
         if memory:
             output, rows[name]["peak_bytes"] = measure.run_counting_memory(contestant, device)
         if graph:  # after memory is counted: a replay allocates nothing
-            output, ready[name] = None, _graph(name, contestant, rows[name])
+            output, ready[name] = None, _graph(name, contestant, rows[name], pool)
         if output is None:
             output = ready[name]()
         if check is not None:
@@ -255,9 +295,9 @@ def _warm_up(contestants, rows, check, device, graph, memory) -> dict[str, Calla
     return ready
 
 
-def _graph(name: str, contestant: Callable, row: dict) -> Callable:
+def _graph(name: str, contestant: Callable, row: dict, pool: tuple[int, int]) -> Callable:
     try:
-        replay = measure.captured(contestant)
+        replay = measure.captured(contestant, pool)
     except RuntimeError as error:
         print(f"{name} can't be captured in a CUDA graph: {str(error).splitlines()[0]}")
         row["graph"] = False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +24,8 @@ ROUNDS = {"cpu": (3, 15), "cuda": (5, 100)}
 """The fewest and the most rounds, if none are asked for."""
 SHORT, MANY = 1.0, 200
 """Short runs go on for so many seconds, and at most so many rounds."""
+PATIENCE = {"cpu": math.inf, "cuda": 4.0}
+"""Budgets after which the fewest rounds are not waited for; one is always run."""
 
 
 def interleave(
@@ -36,14 +39,15 @@ def interleave(
     """Seconds of each warmed-up contestant in each round; who begins rotates.
 
     Without `rounds`, as many as fit into `budget` seconds, within `ROUNDS`. More if they are short,
-    unless `rounds` is `exact`.
+    and fewer if they are so long that `PATIENCE` ends, unless `rounds` is `exact`.
     """
     names = list(contestants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     least, most = (rounds, rounds) if rounds else ROUNDS[device]
     start, done, now = time.perf_counter(), 0, 0.0
+    longest = math.inf if exact else PATIENCE[device] * budget
     while (
-        done < least
+        (done < least and now <= longest)
         or (done < most and now * (done + 1) / done <= budget)
         or (not exact and done < MANY and now < min(SHORT, budget))
     ):
@@ -105,16 +109,21 @@ def run_counting_memory(run: Run, device: str) -> tuple[Any, int]:
     return output, peak
 
 
-def captured(run: Run) -> Run:
-    """`run` captured in a CUDA graph, its inputs and its output at fixed addresses."""
-    side = torch.cuda.Stream()
+def captured(run: Run, pool: tuple[int, int]) -> Run:
+    """`run` captured in a CUDA graph that takes its memory from `pool`, as other graphs may.
+
+    Its inputs and its output have fixed addresses; replays of other graphs write over the output.
+    """
+    side = _side_stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
             run()
     torch.cuda.current_stream().wait_stream(side)
+    gc.collect()  # what waits for it may call CUDA when it goes, which would end the capture
+    torch.cuda.empty_cache()  # of what the runs before took, on either stream
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         output = run()
 
     def replay():
@@ -124,7 +133,7 @@ def captured(run: Run) -> Run:
     return replay
 
 
-def joules(run: Run, seconds: float = 2.0) -> float | None:
+def joules(run: Run, seconds: float = 1.0) -> float | None:
     """Energy of one run, the GPU's own count over `seconds` of runs; None if it keeps none."""
     before = _millijoules()
     if before is None:
@@ -135,6 +144,11 @@ def joules(run: Run, seconds: float = 2.0) -> float | None:
         torch.cuda.synchronize()
         runs += 1
     return (_millijoules() - before) / 1e3 / runs
+
+
+@cache
+def _side_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()  # one: what is allocated on a stream is kept for that stream
 
 
 @cache

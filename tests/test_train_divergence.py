@@ -30,13 +30,25 @@ def planted(name: str):
     return model, torch.randn(1, 3, frames, size, size)
 
 
-@pytest.mark.parametrize("path", ["plain", "kernels"])
+def share_one_storage(model) -> None:
+    """As ZeRO has it."""
+    parameters = list(model.parameters())
+    flat = torch.cat([p.detach().flatten() for p in parameters])
+    for parameter, part in zip(
+        parameters, flat.split([p.numel() for p in parameters]), strict=True
+    ):
+        parameter.data = part.view(parameter.shape)
+
+
+@pytest.mark.parametrize("path", ["plain", "kernels", "zero"])
 @pytest.mark.parametrize("name", NAMES)
 def test_layer_with_a_planted_nan_is_named(monkeypatch, name, path):
     model, video = planted(name)
     if path == "kernels":
         monkeypatch.setattr("zeroi2v.model.uses_kernels", lambda _: True)
         set_backend(model, "triton")
+    if path == "zero":
+        share_one_storage(model)
     assert layer_named(model, video) == re.sub("[._](weight|bias)$", "", name)
 
 

@@ -12,7 +12,7 @@ from training import MODEL, Ranks, arguments, make_data
 
 import train.job
 from train.config import OptimConfig
-from train.engine import DTYPES, build_engine, deepspeed_config, trained_weights
+from train.engine import DTYPES, build_engine, deepspeed_config, trained_weights, update
 from train.job import gather_blocks_whole
 from train.log import read_log
 from train.processes import end_processes, start_processes
@@ -89,7 +89,7 @@ def engine_after_a_step(model: VideoViT, optim: OptimConfig):
     engine = build_engine(model, optim, steps_per_epoch=10)
     video = torch.randn(1, 3, frames, size, size, dtype=DTYPES[optim.precision])
     engine.backward(engine(video).float().logsumexp(1).mean())
-    engine.step()
+    update(engine)
     return engine
 
 
@@ -116,7 +116,7 @@ def test_state_of_a_base_model_holds_its_trained_weights_twice_at_most_and_nothi
             assert not [n for n, t in held.items() if n in frozen and t.numel()]
 
 
-def test_fp16_scales_its_loss_and_trains(alone, monkeypatch):
+def test_fp16_scales_its_loss_and_trains_and_keeps_to_the_schedule(alone, monkeypatch):
     """DeepSpeed refuses fp16 on a CPU, for its speed; the arithmetic is the GPU's."""
     from deepspeed.accelerator import get_accelerator
 
@@ -131,7 +131,8 @@ def test_fp16_scales_its_loss_and_trains(alone, monkeypatch):
     video = torch.randn(1, 3, 4, 32, 32).half()
     for _ in range(20):  # the first scales are too large: these steps are left out
         engine.backward(engine(video).float().logsumexp(1).mean())
-        engine.step()
+        update(engine)
+    assert engine.skipped_steps > 0 and engine.lr_scheduler.last_epoch == 21
     assert engine.optimizer.dynamic_loss_scale and engine.optimizer.cur_scale > 1
     after = trained_weights(engine)
     assert all(after[n].dtype == torch.float32 and after[n].isfinite().all() for n in before)

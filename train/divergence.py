@@ -159,9 +159,11 @@ class _Recorder(TorchDispatchMode):
 
     def _layer(self, args: tuple) -> str:
         module = self._inside[-1]
-        prefix, read = self._names[module], {_place(x) for x in _tensors(args)}
+        prefix, read = self._names[module], [x.data_ptr() for x in _tensors(args)]
         for name, parameter in module.named_parameters():
-            if parameter.numel() and _place(parameter) in read:
+            # By address, since views of it are read; with ZeRO many share one storage.
+            begin = parameter.data_ptr()
+            if any(begin <= place < begin + parameter.nbytes for place in read):
                 return re.sub(r"[._](weight|bias)$", "", f"{prefix}.{name}".lstrip("."))
         return prefix or "the model"
 
@@ -169,10 +171,6 @@ class _Recorder(TorchDispatchMode):
 def _tensors(args: tuple) -> list[Tensor]:
     flat = [x for arg in args for x in (arg if isinstance(arg, (tuple, list)) else [arg])]
     return [x for x in flat if isinstance(x, Tensor)]
-
-
-def _place(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 def first_bad(layers: dict[str, float], pixels_finite: bool) -> str:

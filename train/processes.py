@@ -176,7 +176,7 @@ def add_up(numbers: list[float]) -> list[float]:
 
 def wait_for_all() -> None:
     """Returns when every process has come here."""
-    dist.barrier(group=_control)
+    add_up([0.0])  # a barrier would also ask the GPU
 
 
 def together(work: Callable[[], T]) -> T:

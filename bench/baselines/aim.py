@@ -25,9 +25,10 @@ MLP_SCALE = 0.5
 def aim(image: VideoViT) -> VideoViT:
     """`image`, a model of zero offsets without adapters, with AIM's blocks. Shares its weights."""
     model = copy.deepcopy(image, {id(p): p for p in image.parameters()})
-    blocks = (AIMBlock(block, image.config.width) for block in model.transformer.resblocks)
+    with image.head.weight.device:
+        blocks = [AIMBlock(block, image.config.width) for block in model.transformer.resblocks]
     model.transformer.resblocks = nn.ModuleList(blocks)
-    return model.eval()
+    return model.to(image.head.weight.dtype).eval()
 
 
 class AIMBlock(nn.Module):

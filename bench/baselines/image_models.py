@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import sys
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -21,6 +22,8 @@ from torch import nn
 
 from zeroi2v.config import ModelConfig
 from zeroi2v.model import VideoViT
+
+State = dict[str, torch.Tensor]
 
 # Lives as long as the process: the operators it declares vanish with it.
 _TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")
@@ -32,20 +35,17 @@ def transformers_clip(model: VideoViT) -> nn.Module:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     config = model.config
-    theirs = CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=config.width,
-            intermediate_size=round(config.mlp_ratio * config.width),
-            num_hidden_layers=config.depth,
-            num_attention_heads=config.num_heads,
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            hidden_act=config.activation,
-            attn_implementation="sdpa",
-        )
-    ).eval()
-    theirs.load_state_dict(_transformers_names(model, theirs), assign=True)
-    return theirs
+    theirs = CLIPVisionConfig(
+        hidden_size=config.width,
+        intermediate_size=round(config.mlp_ratio * config.width),
+        num_hidden_layers=config.depth,
+        num_attention_heads=config.num_heads,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        hidden_act=config.activation,
+        attn_implementation="sdpa",
+    )
+    return _with_weights(lambda: CLIPVisionModel(theirs), _transformers_names, model)
 
 
 def open_clip_tower(config: ModelConfig) -> nn.Module:
@@ -70,11 +70,13 @@ def open_clip_vit(model: VideoViT) -> nn.Module:
 
     Without `proj`, so that it ends where ours does.
     """
-    theirs = open_clip_tower(model.config)
-    theirs.proj = None
-    ours = model.state_dict()
-    theirs.load_state_dict({name: ours[name] for name in theirs.state_dict()}, assign=True)
-    return theirs
+
+    def tower() -> nn.Module:
+        theirs = open_clip_tower(model.config)
+        theirs.proj = None
+        return theirs
+
+    return _with_weights(tower, lambda ours, theirs: {n: ours[n] for n in theirs}, model)
 
 
 def timm_vit(model: VideoViT) -> nn.Module:
@@ -83,7 +85,8 @@ def timm_vit(model: VideoViT) -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
     config = model.config
-    theirs = VisionTransformer(
+    make = partial(
+        VisionTransformer,
         img_size=config.image_size,
         patch_size=config.patch_size,
         embed_dim=config.width,
@@ -94,9 +97,8 @@ def timm_vit(model: VideoViT) -> nn.Module:
         pre_norm=True,
         norm_layer=partial(nn.LayerNorm, eps=1e-5),
         act_layer=config.activation,
-    ).eval()
-    theirs.load_state_dict(_timm_names(model), assign=True)
-    return theirs
+    )
+    return _with_weights(make, _timm_names, model)
 
 
 IMAGE_MODELS = {
@@ -111,15 +113,23 @@ def pooled(output) -> torch.Tensor:
     return getattr(output, "pooler_output", output)
 
 
-def _timm_names(model: VideoViT) -> dict[str, torch.Tensor]:
-    ours = model.state_dict()
+def _with_weights(make: Callable[[], nn.Module], names: Callable, model: VideoViT) -> nn.Module:
+    """What `make` builds, with the weights of `model` by its own `names`, whole on their device."""
+    device = model.head.weight.device
+    with device:  # drawing random weights takes seconds on a CPU
+        theirs = make().eval()
+    theirs.load_state_dict(names(model.state_dict(), theirs.state_dict()), assign=True)
+    return theirs.to(device)  # constants of a constructor that names its own device
+
+
+def _timm_names(ours: State, theirs: State) -> State:
     state = {
         "cls_token": ours["class_embedding"].view(1, 1, -1),
         "pos_embed": ours["positional_embedding"].unsqueeze(0),
         "patch_embed.proj.weight": ours["conv1.weight"],
     }
     places = {"norm_pre": "ln_pre", "norm": "ln_post"}
-    for i in range(model.config.depth):
+    for i in range(_depth(ours)):
         a, b = f"blocks.{i}.", f"transformer.resblocks.{i}."
         places |= {f"{a}norm1": f"{b}ln_1", f"{a}norm2": f"{b}ln_2"}
         places |= {f"{a}mlp.fc1": f"{b}mlp.c_fc", f"{a}mlp.fc2": f"{b}mlp.c_proj"}
@@ -131,11 +141,8 @@ def _timm_names(model: VideoViT) -> dict[str, torch.Tensor]:
     return state
 
 
-def _transformers_names(model: VideoViT, theirs: nn.Module) -> dict[str, torch.Tensor]:
-    prefix = (
-        "vision_model." if any(n.startswith("vision_model.") for n in theirs.state_dict()) else ""
-    )
-    ours = model.state_dict()
+def _transformers_names(ours: State, theirs: State) -> State:
+    prefix = "vision_model." if any(name.startswith("vision_model.") for name in theirs) else ""
     state = {
         "embeddings.class_embedding": ours["class_embedding"],
         "embeddings.patch_embedding.weight": ours["conv1.weight"],
@@ -144,7 +151,7 @@ def _transformers_names(model: VideoViT, theirs: nn.Module) -> dict[str, torch.T
     for kind in ("weight", "bias"):
         state[f"pre_layrnorm.{kind}"] = ours[f"ln_pre.{kind}"]
         state[f"post_layernorm.{kind}"] = ours[f"ln_post.{kind}"]
-        for i in range(model.config.depth):
+        for i in range(_depth(ours)):
             a, b = f"encoder.layers.{i}.", f"transformer.resblocks.{i}."
             state[f"{a}layer_norm1.{kind}"] = ours[f"{b}ln_1.{kind}"]
             state[f"{a}layer_norm2.{kind}"] = ours[f"{b}ln_2.{kind}"]
@@ -154,6 +161,10 @@ def _transformers_names(model: VideoViT, theirs: nn.Module) -> dict[str, torch.T
             for letter, part in zip("qkv", ours[f"{b}attn.in_proj_{kind}"].chunk(3), strict=True):
                 state[f"{a}self_attn.{letter}_proj.{kind}"] = part
     return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def _depth(ours: State) -> int:
+    return sum(name.endswith(".ln_1.weight") for name in ours)
 
 
 def _declare_torchvision_operators() -> None:

@@ -24,9 +24,12 @@ RANK = 384
 def st_adapter(image: VideoViT) -> VideoViT:
     """`image`, a model of zero offsets without adapters, with ST-Adapters. Shares its weights."""
     model = copy.deepcopy(image, {id(p): p for p in image.parameters()})
-    blocks = (STAdapterBlock(block, image.config.width) for block in model.transformer.resblocks)
+    with image.head.weight.device:
+        blocks = [
+            STAdapterBlock(block, image.config.width) for block in model.transformer.resblocks
+        ]
     model.transformer.resblocks = nn.ModuleList(blocks)
-    return model.eval()
+    return model.to(image.head.weight.dtype).eval()
 
 
 class STAdapterBlock(nn.Module):

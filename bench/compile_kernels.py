@@ -3,7 +3,8 @@
     python -m bench.compile_kernels            check every kernel and write bench/results/kernels.md
 
 Cross-compilation needs no GPU. Triton enforces no limit then, so `faults` does: a program that
-spills, takes more shared or tensor memory than there is, or leaves the tensor cores idle is named.
+spills, takes more shared or tensor memory than there is, leaves the tensor cores idle or reads a
+register that nothing has written (`machine_code.py`) is named.
 Run it without TRITON_INTERPRET.
 """
 
@@ -22,6 +23,8 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from bench.machine_code import listing, unwritten_reads
 
 # Modules with `compile_cases(arch)`; see `zeroi2v_kernels.stdha_launch.compile_cases`.
 MODULES = [
@@ -77,7 +80,9 @@ def measure(case: dict, arch: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(compiled.asm["cubin"])
-        usage, code = (_dump(flag, binary) for flag in ("--dump-resource-usage", "-sass"))
+        command = [str(TOOL), "--dump-resource-usage", str(binary)]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        code = listing(binary)
     registers = int(re.search(r"REG:(\d+)", usage)[1])
     shared = compiled.metadata.shared / 1024
     columns = getattr(compiled.metadata, "tmem_size", None) or 0
@@ -97,12 +102,8 @@ def measure(case: dict, arch: int) -> dict:
         programs=min(limits),
         tensor_core={arch: code.count(name) for arch, name in TENSOR_CORES.items()},
         wide_loads=len(re.findall(r"\b(?:LDG|LDGSTS)\.[\w.]*128", code)),
+        unwritten_reads=unwritten_reads(code),
     )
-
-
-def _dump(flag: str, binary: Path) -> str:
-    command = [str(TOOL), flag, str(binary)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def faults(case: dict, arch: int, got: dict) -> list[str]:
@@ -116,7 +117,7 @@ def faults(case: dict, arch: int, got: dict) -> list[str]:
         "no 16-byte loads": not got["wide_loads"],
         f"tensor cores of {sorted(used)}": case["tensor_cores"] and used != {arch},
     }
-    return [fault for fault, is_there in found.items() if is_there]
+    return [*(fault for fault, is_there in found.items() if is_there), *got["unwritten_reads"]]
 
 
 def judge(chosen: tuple[int, int]) -> tuple[str, list[str]]:

@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("triton", reason="needs triton")
 compile_kernels = pytest.importorskip("bench.compile_kernels")
+machine_code = pytest.importorskip("bench.machine_code")
 
 ROOT = Path(__file__).parents[1]
 RUN = """
@@ -77,6 +78,7 @@ def test_every_fault_is_named():
         programs=3,
         tensor_core={80: 0, 90: 9, 100: 0},
         wide_loads=4,
+        unwritten_reads=[],
     )
     assert compile_kernels.faults(case, 90, good) == []
     for change, fault in (
@@ -85,7 +87,54 @@ def test_every_fault_is_named():
         (dict(shared=228.0), "228 KiB shared"),
         (dict(columns=640), "640 tensor memory columns"),
         (dict(wide_loads=0), "no 16-byte loads"),
+        (dict(unwritten_reads=["26f0 UIADD3 reads UR38"]), "26f0 UIADD3 reads UR38"),
         (dict(tensor_core={80: 1, 90: 9, 100: 0}), "tensor cores of [80, 90]"),
         (dict(tensor_core={80: 0, 90: 0, 100: 0}), "tensor cores of []"),
     ):
         assert compile_kernels.faults(case, 90, good | change) == [fault]
+
+
+LOOP = """
+.text._kernel:
+        /*0000*/                   ULDC.64 UR4, c[0x0][0x210] ;
+        /*0010*/                   UMOV UR8, URZ ;
+        /*0020*/               @P1 BRA `(.L_x_1) ;
+{before}
+.L_x_0:
+        /*0040*/                   UIADD3 UR18, UP1, UR38, 0x40, URZ ;
+        /*0050*/                   LDG.E R2, desc[UR4][R2.64] ;
+        /*0060*/                   UMOV UR38, UR8 ;
+        /*0070*/               @P0 BRA `(.L_x_0) ;
+.L_x_1:
+        /*0080*/                   EXIT ;
+        /*0090*/                   UMOV UR9, UR77 ;
+.L_x_2:
+        /*00a0*/                   BRA `(.L_x_2);
+"""
+
+
+def test_a_register_whose_only_write_is_at_the_end_of_the_loop_is_named():
+    faulty = LOOP.format(before="        /*0030*/                   NOP ;")
+    assert machine_code.unwritten_reads(faulty) == ["0040 UIADD3 reads UR38"]
+    written = LOOP.format(before="        /*0030*/                   UMOV UR38, 0x1 ;")
+    assert machine_code.unwritten_reads(written) == []
+
+
+@pytest.mark.parametrize(
+    "instruction, named",
+    [
+        ("HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24", "UR9, UR10, UR11"),
+        ("HGMMA.64x64x16.F32.BF16 R24, R4, gdesc[UR8].tnspB, R24", "UR10, UR11"),
+        ("UTCHMMA gdesc[UR8], gdesc[UR4], tmem[UR4], tmem[UR8], idesc[UR5], UPT", "UR9"),
+        ("STG.E.128 desc[UR8][R2.64], R8", "UR9"),
+        ("UISETP.NE.AND UP0, UPT, UR20, URZ, UPT", "UR20"),
+        ("SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR20+0x10], R3", "UR20"),
+        ("UIMAD.WIDE.U32 UR20, UR4, 0x3, URZ", ""),
+    ],
+)
+def test_operands_are_read_in_their_full_width(instruction, named):
+    text = LOOP.format(before=f"        /*0030*/                   {instruction} ;\n        "
+                       "/*0038*/                   UMOV UR38, UR8 ;")  # fmt: skip
+    opcode = instruction.split()[0]
+    expected = [f"0030 {opcode} reads {named}"] if named else []
+    assert machine_code.unwritten_reads(text) == expected

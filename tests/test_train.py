@@ -28,7 +28,7 @@ from train.config import OptimConfig, load_config
 from train.engine import build_engine, parameter_groups, schedule
 from train.log import read_log
 from train.processes import end_processes, start_processes
-from zeroi2v import VideoViT
+from zeroi2v import VideoViT, check_data
 from zeroi2v.cli import run
 from zeroi2v.config import ModelConfig
 from zeroi2v.data.annotations import read_list
@@ -274,6 +274,26 @@ def test_bad_videos_are_named_counted_and_replaced(go, data, tmp_path, capsys):
     assert "bad.mp4" in str(error.value) or "cut.mp4" in str(error.value)
 
 
+def test_each_part_of_a_film_that_the_manifest_calls_bad_counts(data, tmp_path, capsys):
+    (tmp_path / "film.mp4").write_text("this is not a video")
+    good = [f"{data}/{i}.mp4,{i % 4},," for i in range(12)]
+    parts = [f"film.mp4,0,{i},{i + 1}" for i in range(4)]
+    source = write(tmp_path / "list.csv", "\n".join(["path,label,start,end", *good, *parts]) + "\n")
+    manifest = tmp_path / "manifest.jsonl"
+    words = [str(source), "--root", str(tmp_path), "--out", str(manifest), "--workers", "1"]
+    assert run(check_data.main, words) == 1
+    for limit, status in ((0.2, 1), (0.25, 0)):
+        data_words = [f"data.train_list={source}", f"data.root={tmp_path}", "data.val_list=null",
+                      f"data.manifest={manifest}", f"data.max_bad_fraction={limit}"]  # fmt: skip
+        words = arguments(data, tmp_path / f"run{limit}", *data_words, "optim.batch_size=4")
+        assert run(train.main.main, [*words, "run.max_steps=1"]) == status
+        captured = capsys.readouterr()
+        if status:
+            assert "at most data.max_bad_fraction 0.2 of 16: got 4" in captured.err
+        else:
+            assert "videos      12 to train on (4 bad ones left out)" in captured.out
+
+
 def test_run_over_all_real_clips_damaged_ones_included_finishes(go, clips, tmp_path, capsys):
     lines = (clips / "manifest.tsv").read_text().splitlines()[1:]
     files = [(line.split("\t")[0], line.split("\t")[2]) for line in lines]
@@ -324,7 +344,10 @@ def test_diverged_or_exploded_loss_stops_the_run(go, tmp_path, lr, rule):
         (["data.train_list={tmp}/empty.txt"], "must name at least one video"),
         (["data.train_list={tmp}/negative.txt"], "negative.txt"),
         (["data.train_list={tmp}/large.txt"], "large.txt"),
-        (["data.labels={tmp}/names.txt"], "labels needs one name per class: got 2 for 4"),
+        (
+            ["data.labels={tmp}/names.txt"],
+            "model.num_classes must be 2, as many as there are",
+        ),
         (["optim.precision=fp16"], "optim.precision fp16 needs a GPU: got the CPU"),
         (["optim.offload=true"], "optim.offload needs a GPU: got the CPU"),
         (["optim.batch_size=32"], "samples must fill one step of 32 clips: got 16"),

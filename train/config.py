@@ -46,6 +46,8 @@ def _require(condition: bool, name: str, rule: str, value: Any) -> None:
 class ModelSection(ModelConfig):
     """Which model is trained, and from what it starts: a `ModelConfig` and two keys."""
 
+    num_classes: int | None = None
+    """Size of the classifier's output; None: as many as `labels` or the training list have."""
     recipe: str | None = None
     """Published recipe whose model takes the place of `ModelConfig`'s defaults."""
     backbone: str | None = None
@@ -53,7 +55,7 @@ class ModelSection(ModelConfig):
 
     @property
     def video(self) -> ModelConfig:
-        """The model alone."""
+        """The model alone; its classes must have been counted (`train.job.with_classes`)."""
         return ModelConfig(**{f.name: getattr(self, f.name) for f in fields(ModelConfig)})
 
 
@@ -269,9 +271,11 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     for override in overrides:
         _override(values, override)
     values = {k: {} if v is None and k != "augment" else v for k, v in values.items()}
+    values = _at_home(values)
     model = values.setdefault("model", {})
     if isinstance(model, dict) and model.get("recipe") is not None:
-        values["model"] = _merged(recipe(str(model["recipe"])).model.to_dict(), model)
+        published = recipe(str(model["recipe"])).model.to_dict() | {"num_classes": None}
+        values["model"] = _merged(published, model)
     return build_dataclass(RunConfig, values)
 
 
@@ -308,6 +312,15 @@ def _override(values: dict[str, Any], override: str) -> None:
         if not isinstance(values, dict):
             raise ValueError(f"override {override!r} must name a key: {key} has no parts")
     values[keys[-1]] = _parse(text, override)
+
+
+def _at_home(value: Any) -> Any:
+    """`value` with the user's folder in place of the `~` that paths begin with."""
+    if isinstance(value, dict):
+        return {key: _at_home(inner) for key, inner in value.items()}
+    if isinstance(value, str) and value.startswith("~/"):
+        return str(Path(value).expanduser())
+    return value
 
 
 class _Loader(yaml.SafeLoader):

@@ -20,8 +20,10 @@ from train.processes import cores_per_process, first_alone, say, together
 from train.state import clear_leftovers, lock_folder, read_record, read_tag
 from zeroi2v.checkpoint import load_backbone
 from zeroi2v.data.annotations import Sample, class_names, read_list
+from zeroi2v.data.classes import occurrence, read_labels, some
 from zeroi2v.data.manifest import use_manifest
 from zeroi2v.data.pipeline import ClipLoader, check_bad_files
+from zeroi2v.data.video_files import left_out
 from zeroi2v.model import Block, VideoViT
 
 
@@ -50,25 +52,21 @@ def prepare(config: RunConfig, device: torch.device, keep: ExitStack | None) -> 
     check_device(optim, device)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     accumulation = optim.accumulation(world_size)
-    read = partial(
-        read_list, num_classes=config.model.num_classes, filename_tmpl=data.filename_tmpl
-    )
-    samples, known_bad = read(data.train_list, data.root), {}
+    samples, val_samples = read_samples(config)
+    bad: dict[int, str] = {}
     if data.manifest is not None:
-        samples, known_bad = use_manifest(samples, data.manifest, data.root)
-        check_bad_files(known_bad, len(samples), data.max_bad_fraction)
-        samples = [sample for sample in samples if sample.path not in known_bad]
+        samples, known = use_manifest(samples, data.manifest, data.root)
+        bad = {i: known[s.path] for i, s in enumerate(samples) if s.path in known}
+        check_bad_files(bad, len(samples), data.max_bad_fraction)
+        samples = [sample for i, sample in enumerate(samples) if i not in bad]
     if data.shots is not None:
         samples = draw_shots(samples, data.shots, config.model.num_classes, config.run.seed)
-    val_samples = []
-    if data.val_list is not None:
+    if data.manifest is not None and val_samples:
         val_root = data.root if data.val_root is None else data.val_root
-        val_samples = read(data.val_list, val_root)
-        if data.manifest is not None:
-            val_samples, _ = use_manifest(val_samples, data.manifest, val_root, of_this_list=False)
+        val_samples, _ = use_manifest(val_samples, data.manifest, val_root, of_this_list=False)
     if config.run.wandb is not None and find_spec("wandb") is None:
         raise ValueError("run.wandb needs the package wandb: pip install wandb")
-    video = replace(config.model.video, labels=class_labels(config))
+    video = config.model.video
     workers = default_workers(device) if data.workers is None else data.workers
     common = dict(
         batch_size=optim.clips_at_once(world_size),
@@ -106,8 +104,17 @@ def prepare(config: RunConfig, device: torch.device, keep: ExitStack | None) -> 
     total = sum(p.numel() for p in model.parameters())
     say(f"backbone    {config.model.backbone or 'NONE: random weights (model.backbone is null)'}")
     say(f"parameters  {trainable:,} trained, {total - trainable:,} frozen")
-    left_out = f" ({len(known_bad)} bad ones left out)" if known_bad else ""
-    say(f"videos      {len(samples)} to train on{left_out}, {len(val_samples)} to validate on")
+    bad_ones = f" ({len(bad)} bad ones left out)" if bad else ""
+    say(f"videos      {len(samples)} to train on{bad_ones}, {len(val_samples)} to validate on")
+    for kind, source, part in (
+        ("train", data.train_list, samples),
+        ("val", data.val_list, val_samples),
+    ):
+        if source is not None:
+            if others := left_out(source):
+                say(f"no videos   {kind}: {some(others)}")
+            for line in occurrence((s.label for s in part), video.num_classes, video.labels):
+                say(f"classes     {kind}: {line}")
     say(
         f"batch       {optim.batch_size} clips = {optim.clips_at_once(world_size)} x {world_size} "
         f"processes x {accumulation} accumulated"
@@ -238,14 +245,42 @@ def check_root(data: DataConfig) -> None:
             raise OSError(f"{key} must hold the videos: {root} is empty or gone")
 
 
-def class_labels(config: RunConfig) -> tuple[str, ...]:
-    """Names of the classes: of the model's config, of a file, of the list itself, or none."""
-    if config.model.labels:
-        return config.model.labels
-    if config.data.labels is not None:
-        lines = Path(config.data.labels).read_text(encoding="utf-8").splitlines()
-        return tuple(line.strip() for line in lines if line.strip())
-    return class_names(config.data.train_list)
+def with_classes(config: RunConfig) -> RunConfig:
+    """`config` with its classes named, and counted where it leaves that open.
+
+    The names are those of the config, of a file, of the training list itself, or none; then the
+    highest number in the list counts them. Raises as `read_list` and `read_labels`, and ValueError
+    if the config counts otherwise.
+    """
+    model, data = config.model, config.data
+    labels = model.labels
+    if not labels:
+        known = data.labels is not None
+        labels = read_labels(data.labels) if known else class_names(data.train_list)
+    count = model.num_classes or len(labels)
+    if labels and count != len(labels):
+        raise ValueError(
+            f"model.num_classes must be {len(labels)}, as many as there are names, or null to be "
+            f"counted: got {count}"
+        )
+    if not count:
+        count = 1 + max(sample.label for sample in read_list(data.train_list))
+    return replace(config, model=replace(model, num_classes=count, labels=labels))
+
+
+def read_samples(config: RunConfig) -> tuple[list[Sample], list[Sample]]:
+    """Samples to train on and to validate on, numbered alike: by the names of the classes, where
+    they have some. Raises as `read_list`."""
+    data, model = config.data, config.model
+    read = partial(
+        read_list,
+        num_classes=model.num_classes,
+        classes=model.labels,
+        filename_tmpl=data.filename_tmpl,
+    )
+    val_root = data.root if data.val_root is None else data.val_root
+    val_samples = [] if data.val_list is None else read(data.val_list, val_root)
+    return read(data.train_list, data.root), val_samples
 
 
 def default_workers(device: torch.device) -> int:

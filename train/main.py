@@ -46,7 +46,7 @@ from train.engine import (
     update,
 )
 from train.estimate import estimate
-from train.job import Job, check_root, prepare
+from train.job import Job, check_root, prepare, with_classes
 from train.log import RunLog, cut_log
 from train.processes import (
     StopSignals,
@@ -66,6 +66,7 @@ from train.state import load_state, save_state
 from zeroi2v.checkpoint import save as save_folder
 from zeroi2v.checkpoint import write_whole
 from zeroi2v.cli import run
+from zeroi2v.data.annotations import Sample
 from zeroi2v.data.pipeline import Batch, ClipLoader, check_bad_files
 from zeroi2v.evaluate import metrics, predict_views
 from zeroi2v.model import VideoViT
@@ -85,7 +86,7 @@ def main(argv: list[str]) -> None:
     status = 0
     try:
         with told_once(), ExitStack() as keep:
-            config = together(lambda: load_config(args.config, args.overrides))
+            config = together(lambda: with_classes(load_config(args.config, args.overrides)))
             if args.dry_run:
                 say(yaml.safe_dump(config.to_dict(), sort_keys=False))
             job = together(lambda: prepare(config, device, None if args.dry_run else keep))
@@ -114,7 +115,7 @@ class Progress:
     best_step: int = 0
     """Step of the model in `best/`."""
     bad_files: dict[str, dict[str, str]] = field(default_factory=lambda: {"train": {}, "val": {}})
-    """For "train" and "val": path -> reason of every video that could not be decoded."""
+    """For "train" and "val": name -> reason of every sample that could not be decoded."""
 
 
 def train(job: Job, signals: StopSignals) -> int:
@@ -181,7 +182,7 @@ def train(job: Job, signals: StopSignals) -> int:
             return max(received for _, received in parts)
         index, probs = (torch.cat(part) for part in zip(*(p for p, _ in parts), strict=True))
         labels = torch.tensor([sample.label for sample in job.val_samples])[index]
-        report_bad_files("val", job.val_loader, len(job.val_samples))
+        report_bad_files("val", job.val_loader, job.val_samples)
         figures = together(lambda: metrics(probs, labels))
         progress.validated, progress.top1 = progress.step, figures["top1"]
         improved = progress.best_top1 is None or progress.top1 > progress.best_top1
@@ -202,11 +203,11 @@ def train(job: Job, signals: StopSignals) -> int:
         say(f"validation  top-1 {progress.top1:.2f} % after step {progress.step} ({best})")
         return 0
 
-    def report_bad_files(kind: str, loader: ClipLoader, total: int) -> None:
-        """Names each undecodable video once; too many of them end the run."""
-        known = progress.bad_files[kind]
-        found = {path: reason for part in gather(loader.bad_files) for path, reason in part.items()}
-        new = {path: reason for path, reason in found.items() if path not in known}
+    def report_bad_files(kind: str, loader: ClipLoader, samples: list[Sample]) -> None:
+        """Names each undecodable video, or part of one, once; too many of them end the run."""
+        known, total = progress.bad_files[kind], len(samples)
+        found = {name: reason for part in gather(loader.bad_files) for name, reason in part.items()}
+        new = {name: reason for name, reason in found.items() if name not in known}
         if new:
             together(lambda: check_root(config.data))
         known |= new
@@ -215,7 +216,8 @@ def train(job: Job, signals: StopSignals) -> int:
         if new:
             lines = [f"{k}: {r}\n" for k, bad in progress.bad_files.items() for r in bad.values()]
             first_alone(lambda: write_whole(folder / "bad_files.txt", "".join(lines)))
-        together(lambda: check_bad_files(known, total, config.data.max_bad_fraction))
+        bad = {i: known[s.name] for i, s in enumerate(samples) if s.name in known}
+        together(lambda: check_bad_files(bad, total, config.data.max_bad_fraction))
 
     saved_step, num_bad, stop = progress.step, 0, 0
     batches = micro_batches(job, progress.step, signals)
@@ -261,7 +263,7 @@ def train(job: Job, signals: StopSignals) -> int:
         update(engine)
         progress.step += 1
         if bad != num_bad:
-            report_bad_files("train", job.loader, len(job.samples))
+            report_bad_files("train", job.loader, job.samples)
             num_bad = bad
         if log is not None:
             seconds = time.perf_counter() - begun

@@ -29,11 +29,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from a checkout
 
 from train.config import RunConfig, differences, load_config
+from train.job import read_samples, with_classes
 from train.log import read_log
 from zeroi2v import evaluate
 from zeroi2v.checkpoint import write_whole
 from zeroi2v.cli import run
-from zeroi2v.data.annotations import read_list
 
 MAIN = Path(__file__).with_name("main.py")
 
@@ -70,12 +70,10 @@ def plan(path: str, overrides: list[str], splits: list[str], seeds: list[int]) -
             name = f"split{split}_seed{seed}" if split else f"seed{seed}"
             words = [override.replace("{split}", split) for override in overrides]
             words += [f"run.dir={Path(base, name)}", f"run.seed={seed}", "run.resume=auto"]
-            config = load_config(path, words)
-            data, classes = config.data, config.model.num_classes
-            if data.val_list is None:
+            config = with_classes(load_config(path, words))
+            if config.data.val_list is None:
                 raise ValueError("data.val_list must be given: the table is of its accuracy")
-            read_list(data.train_list, data.root, classes, data.filename_tmpl)
-            read_list(data.val_list, data.val_root or data.root, classes, data.filename_tmpl)
+            read_samples(config)
             parts.append(Part(name, words, config))
     return parts
 

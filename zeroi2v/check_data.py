@@ -12,8 +12,8 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from zeroi2v.cli import run
 from zeroi2v.data.annotations import Sample, class_names, read_list
+from zeroi2v.data.classes import occurrence, some
 from zeroi2v.data.manifest import (
     VideoFacts,
     inspect_video,
@@ -30,6 +31,7 @@ from zeroi2v.data.manifest import (
     manifest_name,
     read_manifest,
 )
+from zeroi2v.data.video_files import left_out
 
 
 def main(argv: list[str]) -> None:
@@ -58,11 +60,20 @@ def main(argv: list[str]) -> None:
     val = read_list(args.val, val_root) if args.val else []
     names = {sample.path: manifest_name(sample.path, args.root) for sample in train}
     names |= {s.path: manifest_name(s.path, val_root) for s in val if s.path not in names}
-    classes = args.num_classes or len(class_names(args.list)) or None
+    classes = class_names(args.list)
+    num_classes = args.num_classes or len(classes) or 1 + max(s.label for s in train)
 
-    problems = label_problems(train, classes)
+    problems = label_problems(train, num_classes, classes)
     if val:
-        problems += [f"--val: {text}" for text in label_problems(val, classes)]
+        val_classes = class_names(args.val)
+        problems += name_problems(classes, val_classes)
+        if not val_classes:
+            problems += [f"--val: {text}" for text in label_problems(val, num_classes, classes)]
+    for line in occurrence((s.label for s in train), num_classes, classes):
+        print(f"classes     {line}")
+    for source in filter(None, (args.list, args.val)):
+        if others := left_out(source):
+            print(f"no videos   {some(others)}")
     rows = scan(names, Path(args.out), workers, args.timeout)
     bad = [f"{path}: {rows[path].error}" for path in names if rows[path].error]
     for text in bad:
@@ -150,20 +161,34 @@ def _pool(workers: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
 
 
-def label_problems(samples: list[Sample], num_classes: int | None) -> list[str]:
-    """What looks wrong with the labels of a list."""
-    counts: dict[int, int] = defaultdict(int)
-    for sample in samples:
-        counts[sample.label] += 1
+def label_problems(
+    samples: list[Sample], num_classes: int, classes: tuple[str, ...] = ()
+) -> list[str]:
+    """What looks wrong with the labels of a list, for so many classes with these names, if any."""
+    counts = Counter(sample.label for sample in samples)
     low, high, problems = min(counts), max(counts), []
-    if num_classes is not None and high >= num_classes:
+    if high >= num_classes:
         problems.append(f"labels must be below {num_classes}: got {high}")
-    size = high + 1 if num_classes is None else num_classes
-    missing = [label for label in range(size) if label not in counts]
-    if low == 1 and (high == len(counts) or high == num_classes):
+    missing = [label for label in range(num_classes) if label not in counts]
+    if low == 1 and high in (len(counts), num_classes, num_classes - 1):
         problems.append(f"labels go from 1 to {high}: they should count from 0")
     elif missing:
-        problems.append(f"{len(missing)} of {size} labels have no video: {_some(missing)}")
+        names = [repr(classes[label]) for label in missing] if classes else missing
+        problems.append(f"{len(missing)} of {num_classes} labels have no video: {some(names)}")
+    return problems
+
+
+def name_problems(classes: tuple[str, ...], val_classes: tuple[str, ...]) -> list[str]:
+    """How the class names of the second list differ from the first's, where both have some."""
+    if not classes or not val_classes:
+        return []
+    unknown = [repr(name) for name in val_classes if name not in classes]
+    missing = [repr(name) for name in classes if name not in val_classes]
+    problems = []
+    if unknown:
+        problems.append(f"--val: {len(unknown)} classes are not in the list: {some(unknown)}")
+    if missing:
+        problems.append(f"--val: {len(missing)} of {len(classes)} classes lack: {some(missing)}")
     return problems
 
 
@@ -180,9 +205,9 @@ def duplicates(train: list[Sample], val: list[Sample], rows: dict[str, VideoFact
             parts[part].add(sample.label)
         several = [part[0] for part, labels in parts.items() if len(labels) > 1]
         if twice:
-            problems.append(f"{kind}{len(twice)} videos stand twice: {_some(twice)}")
+            problems.append(f"{kind}{len(twice)} videos stand twice: {some(twice)}")
         if several:
-            problems.append(f"{kind}{len(several)} videos have several labels: {_some(several)}")
+            problems.append(f"{kind}{len(several)} videos have several labels: {some(several)}")
     paths = {sample.path for sample in train}
     by_hash = {rows[path].sha256: path for path in paths if rows[path].sha256}
     shared = []
@@ -192,13 +217,8 @@ def duplicates(train: list[Sample], val: list[Sample], rows: dict[str, VideoFact
         elif rows[path].sha256 in by_hash:
             shared.append(f"{path} (= {by_hash[rows[path].sha256]})")
     if shared:
-        problems.append(f"{len(shared)} videos are in both lists: {_some(shared)}")
+        problems.append(f"{len(shared)} videos are in both lists: {some(shared)}")
     return problems
-
-
-def _some(items: Iterable) -> str:
-    items = list(items)
-    return ", ".join(map(str, items[:5])) + (", …" if len(items) > 5 else "")
 
 
 if __name__ == "__main__":

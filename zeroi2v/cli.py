@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -16,6 +18,8 @@ VERBS = {
     "reparam": "merge a model's adapters into its weights, and prove it",
     "visualize": "pictures of which frames and patches the heads look at",
 }
+_HOME = re.compile(r"(?<![^=])~/")
+"""At the start of a word, or of what an option or a key is set to, where shells leave it alone."""
 
 
 def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
@@ -24,7 +28,8 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int
     Bad input raises ValueError or OSError; anything else is a bug and keeps its traceback.
     """
     try:
-        main(sys.argv[1:] if argv is None else argv)
+        words = sys.argv[1:] if argv is None else argv
+        main([_HOME.sub(os.path.expanduser("~/"), word) for word in words])
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -114,7 +114,8 @@ class ModelConfig:
     def __post_init__(self):
         for name in ("image_size", "patch_size", "width", "depth", "num_heads", "num_frames"):
             _require(getattr(self, name) >= 1, name, "must be at least 1", getattr(self, name))
-        _require(self.num_classes >= 1, "num_classes", "must be at least 1", self.num_classes)
+        classes = self.num_classes  # None until they have been counted, in a training config alone
+        _require(classes is None or classes >= 1, "num_classes", "must be at least 1", classes)
         _require(
             self.image_size % self.patch_size == 0,
             "image_size",
@@ -139,7 +140,7 @@ class ModelConfig:
             self.activation,
         )
         _require(0 <= self.head_dropout < 1, "head_dropout", "must be in [0, 1)", self.head_dropout)
-        if self.labels and len(self.labels) != self.num_classes:
+        if self.labels and classes not in (None, len(self.labels)):
             raise ValueError(
                 f"labels needs one name per class: got {len(self.labels)} "
                 f"for {self.num_classes} classes"

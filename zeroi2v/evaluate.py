@@ -25,7 +25,9 @@ from tqdm import tqdm
 from zeroi2v.checkpoint import check_writable, fetch, model_folder, write_whole
 from zeroi2v.cli import run
 from zeroi2v.data.annotations import Sample, read_list
+from zeroi2v.data.classes import occurrence, some
 from zeroi2v.data.pipeline import ClipLoader
+from zeroi2v.data.video_files import left_out
 from zeroi2v.deployed import load_deployed
 from zeroi2v.figures import draw_confusion
 from zeroi2v.model import VideoViT
@@ -144,7 +146,7 @@ def main(argv: list[str]) -> None:
     model = load_deployed(source, device)
     config, native = model.config, isinstance(model, VideoViT)
     views = config.preprocess.test_views if args.views is None else parse_views(args.views)
-    samples = read_list(args.list, args.root, config.num_classes)
+    samples = read_list(args.list, args.root, config.num_classes, config.labels)
     out = None if args.out is None else check_output_file(args.out)
     loader = ClipLoader(
         samples,
@@ -170,6 +172,10 @@ def main(argv: list[str]) -> None:
     kind = ("adapted" if config.adapter else "merged or plain") if native else "deployed"
     print(f"model        {name} ({kind})")
     print(f"views        {views[0]} clips x {views[1]} crops, softmax averaged")
+    for line in occurrence((s.label for s in samples), config.num_classes, config.labels):
+        print(f"classes      {line}")
+    if others := left_out(args.list):
+        print(f"no videos    {some(others)}")
     print(f"videos       {figures['n']} in {seconds:.1f} s", end="")
     print(f"; {undecodable} undecodable, left out of the accuracy" if undecodable else "")
     for key, title in (("top1", "top-1"), ("top5", "top-5"), ("mean_class", "mean class")):

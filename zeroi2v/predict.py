@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,14 +30,14 @@ from tqdm import tqdm
 from zeroi2v.capture import as_file
 from zeroi2v.checkpoint import check_writable, fetch, write_whole
 from zeroi2v.cli import run
-from zeroi2v.data.annotations import VIDEO_SUFFIXES, Sample, read_list
+from zeroi2v.data.annotations import Sample, read_videos
+from zeroi2v.data.classes import some
 from zeroi2v.data.pipeline import ClipLoader
+from zeroi2v.data.video_files import find_videos
 from zeroi2v.deployed import load_deployed
 from zeroi2v.evaluate import default_device, default_workers, predict_views
 from zeroi2v.model import VideoViT
 from zeroi2v.results import Results, settings_of
-
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png"))
 
 
 def predict(
@@ -121,46 +120,16 @@ def _top(probs: torch.Tensor, topk: int, labels: tuple[str, ...]) -> list[dict[s
     ]
 
 
-def find_videos(names: Iterable[str]) -> list[str]:
-    """The files among `names`, and those of its folders that have a video's suffix, sorted.
-
-    A folder of images is a video itself. Raises ValueError for a folder of neither.
-    """
-    found = []
-    for name in names:
-        if not os.path.isdir(name):
-            found.append(name)
-            continue
-        inside = sorted(p for p in Path(name).rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
-        images = any(p.suffix.lower() in IMAGE_SUFFIXES for p in Path(name).iterdir())
-        if not inside and not images:
-            raise ValueError(f"folder must hold video files: got {name}")
-        found += map(str, inside) if inside else [name]
-    return found
-
-
-def read_paths(path: str, root: str | None) -> list[str]:
-    """The files named in a list: in a CSV's column `path`, or in a text one a line; labels at the
-    end of lines are left out.
-
-    Raises OSError if there is no such list, ValueError if it is empty, or a CSV of parts of videos.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"list not found: {path}")
-    if path.lower().endswith(".csv"):
-        samples = read_list(path, root)
-        if any(sample.start is not None or sample.end is not None for sample in samples):
-            raise ValueError(f"list must name whole videos: {path} has times, see --timeline")
-        return [sample.path for sample in samples]
-    found = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        name, _, last = line.strip().rpartition(" ")
-        name = name.strip() if name and last.isdigit() else line.strip()
-        if name and not name.startswith("#"):
-            found.append(os.path.join(root or "", name))
-    if not found:
-        raise ValueError(f"list must name video files: got none in {path}")
-    return found
+def read_paths(source: str, root: str | None) -> list[str]:
+    """The videos of a list (`read_videos`). Raises as that, and ValueError for parts of videos."""
+    samples = read_videos(source, root)
+    for sample in samples:
+        if sample.name != sample.path:
+            raise ValueError(
+                f"list {source} must name whole videos, for windows see --timeline: "
+                f"got {sample.name}"
+            )
+    return [sample.path for sample in samples]
 
 
 def main(argv: list[str]) -> None:
@@ -169,7 +138,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("model", help="model or run folder, .onnx or .pt2 file, or name on the hub")
     parser.add_argument("video", nargs="*", help="file, folder (of images too), - (pipe), camera:0")
-    parser.add_argument("--list", help="text file that names videos, one a line, or CSV")
+    parser.add_argument("--list", help="text list, CSV, folder per class; labels are not needed")
     parser.add_argument("--root", help="folder the list's paths are relative to")
     parser.add_argument("--topk", type=int, default=5, help="classes to name (default: 5)")
     parser.add_argument("--json", action="store_true", help="print one JSON line per video")
@@ -181,7 +150,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seconds", type=float, default=5, help="of a camera (default: 5)")
     args = parser.parse_args(argv)
     started = time.perf_counter()
-    names = find_videos(args.video) + (read_paths(args.list, args.root) if args.list else [])
+    names, others = find_videos(args.video)
+    if others:
+        print(f"no videos, left out: {some(others)}", file=sys.stderr)
+    names += read_paths(args.list, args.root) if args.list else []
     if not names:
         raise ValueError("videos must be given: as files, folders, a --list, - or camera:0")
     if args.topk < 1:

@@ -1,25 +1,30 @@
 """Lists of labelled videos; what kind a list is, it tells itself.
 
-text      `path label` on each line; the label is the last field, so a path may hold spaces
+text      `path label` on each line; the label is the last field, so a path may hold spaces, or what
+          follows the last tab, if there is one. A line that begins with "# " is a comment
 frames    `folder total label` or `folder offset total label`: videos kept as folders of images
 CSV       a header line with `path,label` and optionally `start,end` in seconds
-folder    `<class name>/<video file or folder of images>`; classes in order of their names
+folder    `<class name>/<video file or folder of images>`
 official  the lists that UCF101, HMDB51 and Something-Something V2 come with (`official.py`)
+
+A label is a class's number, from 0, or its name; a list has one kind. Names are looked up among the
+classes that are known already, as those of a model are; where none are, their order numbers them.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import math
 import os
 import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from zeroi2v.data.classes import numbers_of, plain_name, some
 from zeroi2v.data.official import read_official, read_text
-
-_SUFFIXES = "3gp asf avi flv m2ts m4v mkv mov mp4 mpeg mpg ogv ts webm wmv"
-VIDEO_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
+from zeroi2v.data.video_files import VIDEO_SUFFIXES, class_folders, is_video, refuse_url
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,71 +56,169 @@ class Sample:
         return f"{self.path} (from {self.start} to {self.end} s)"
 
 
+Entries = Iterable[tuple[str, Sample, str]]
+"""(place in the list, video, its label as it is written) of each line."""
+
+
 def read_list(
     source: str | os.PathLike,
     root: str | os.PathLike | None = None,
     num_classes: int | None = None,
+    classes: Sequence[str] = (),
     filename_tmpl: str | None = None,
 ) -> list[Sample]:
     """Reads a list of labelled videos; which of the formats above it has is told by itself.
 
-    `root` is put before the paths of a list (a class folder needs none); `filename_tmpl` names
-    the images of videos kept as folders of them. Raises ValueError that names the list, the line
-    and the rule: a malformed line, a label that is not an integer in 0..num_classes-1, several
-    labels of one video, times out of order, an empty list; OSError if there is no such list.
+    Args:
+        source: the list.
+        root: put before the paths of a list; a class folder needs none.
+        num_classes: how many classes there are; None for as many as the list has.
+        classes: their names in order of their numbers, if they are known; the list's own names are
+            looked up there.
+        filename_tmpl: names the images of videos kept as folders of them.
+    Raises:
+        ValueError: names the list, the line and the rule: a malformed line, a label that is not in
+            0..num_classes-1 or not among the classes, several labels of one video, times out of
+            order, a URL, an empty list; a folder whose classes have other names or, where a model's
+            have none, are fewer.
+        OSError: no such list.
     """
-    source, root = Path(source), "" if root is None else root
-    if source.is_dir():
-        samples = _read_folder(source, num_classes)
-    elif (official := read_official(source)) is not None:
-        entries, names = official
-        _check_classes(source, names, num_classes)
-        samples = [Sample(os.path.join(root, path), label) for path, label in entries]
-        samples = _as_folders(samples)
-    else:
-        read = _read_csv if source.suffix.lower() == ".csv" else _read_text
-        samples = read(read_text(source), source, root, num_classes)
+    source = Path(source).expanduser()
+    samples, names = _read(source, root, len(classes) or num_classes, classes)
     if not samples:
         raise ValueError(f"list {source} must name at least one video: got none")
+    if names and classes:
+        numbers = numbers_of(names, classes)
+        samples = [replace(sample, label=numbers[sample.label]) for sample in samples]
+    elif names and num_classes not in (None, len(names)):
+        raise ValueError(
+            f"list {source} must have {num_classes} classes, as their names are not known: "
+            f"got {len(names)}: {some(names)}"
+        )
     if filename_tmpl is not None:
         samples = [replace(sample, filename_tmpl=filename_tmpl) for sample in samples]
     return samples
 
 
 def class_names(source: str | os.PathLike) -> tuple[str, ...]:
-    """Names of the classes in order of their index; empty for text and CSV lists, which have none.
+    """Names of the classes of a list in order of their numbers; empty if it numbers them itself.
 
-    Raises ValueError if `source` is a directory without class folders, and as `read_list` does.
+    Raises as `read_list` does.
     """
-    source = Path(source)
-    if not source.is_dir():
-        official = read_official(source)
-        return () if official is None else official[1]
-    names = tuple(sorted(f.name for f in source.iterdir() if f.is_dir() and f.name[0] != "."))
-    if not names:
-        raise ValueError(f"list {source} must hold one folder per class: got none")
-    return names
+    return tuple(_read(Path(source).expanduser())[1])
 
 
-def _read_text(text: str, source: Path, root, num_classes: int | None) -> list[Sample]:
-    samples, counts = [], None
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{source} line {number}"
-        path, *label = line.strip().rsplit(maxsplit=1)
+def read_videos(source: str | os.PathLike, root: str | os.PathLike | None = None) -> list[Sample]:
+    """The videos of a list, whose labels, if it has any, do not matter: they come back as 0.
+
+    Reads what `read_list` does, and text lists of a path a line. Raises as `read_list`.
+    """
+    source = Path(source).expanduser()
+    if not source.is_dir() and read_official(source) is None and source.suffix.lower() != ".csv":
+        lines = list(_lines(source))
+        if lines and all(_is_path(line, root) for _, line in lines):
+            return [Sample(_join(root, line, where), 0) for where, line in lines]
+    return [replace(sample, label=0) for sample in read_list(source, root)]
+
+
+def _read(
+    source: Path,
+    root: str | os.PathLike | None = None,
+    num_classes: int | None = None,
+    classes: Sequence[str] = (),
+) -> tuple[list[Sample], dict[str, str]]:
+    """Samples numbered by the list itself, and the names of its classes, each with its place."""
+    if source.is_dir():
+        return _read_folder(source)
+    if (official := read_official(source)) is not None:
+        entries, names = official
+        samples = [Sample(_join(root, path, str(source)), label) for path, label in entries]
+        return _as_folders(samples), {plain_name(name): f"list {source}" for name in names}
+    read = _read_csv if source.suffix.lower() == ".csv" else _read_text
+    entries = list(read(source, root))
+    names = _names(entries, classes)
+    order = {name: i for i, name in enumerate(names)}
+    samples = [
+        replace(
+            sample,
+            label=order[plain_name(label)]
+            if names
+            else _number(label.strip(), where, num_classes, classes),
+        )
+        for where, sample, label in entries
+    ]
+    return samples, names
+
+
+def _names(entries: Entries, classes: Sequence[str]) -> dict[str, str]:
+    """The class names in a list, in order, each with its first place; none if it has numbers."""
+    places: dict[str, str] = {}
+    for where, _, label in entries:
+        places.setdefault(plain_name(label), where)
+    numbers = [name for name in places if re.fullmatch(r"[+-]?\d+", name)]
+    if len(numbers) == len(places):
+        return {}
+    known = set(places) <= set(classes)
+    for name, where in places.items():
+        if not name or os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES:
+            raise ValueError(f"{where}: must end with a label: got {name!r}")
+        if not known and name not in numbers and (numbers or re.fullmatch(r"[\d.]+", name)):
+            beside = f" beside {numbers[0]}" if numbers else ""
+            raise ValueError(
+                f"{where}: label must be an integer as all labels, or a class name as all are: "
+                f"got {name!r}{beside}"
+            )
+    return dict(sorted(places.items()))
+
+
+def _number(label: str, where: str, num_classes: int | None, classes: Sequence[str]) -> int:
+    number = int(label)
+    if number < 0:
+        raise ValueError(f"{where}: label must not be negative: got {number}")
+    if num_classes is not None and number >= num_classes:
+        raise ValueError(f"{where}: label must be below num_classes {num_classes}: got {number}")
+    if classes and label in classes and classes[number] != label:
+        raise ValueError(
+            f"{where}: label must mean one class: got {number}, which is the number of "
+            f"{classes[number]!r} and the name of number {classes.index(label)}"
+        )
+    return number
+
+
+def _join(root: str | os.PathLike | None, path: str, where: str) -> str:
+    refuse_url(path, where)
+    root = "" if root is None else os.path.expanduser(root)
+    return os.path.join(root, os.path.expanduser(path) if path.startswith("~/") else path)
+
+
+def _is_path(line: str, root: str | os.PathLike | None) -> bool:
+    """Whether all of a line is a path, with no label after it."""
+    is_named_so = os.path.splitext(line)[1].lower() in VIDEO_SUFFIXES
+    return is_named_so or os.path.exists(os.path.join(root or "", line))
+
+
+def _lines(source: Path) -> Iterator[tuple[str, str]]:
+    """(place, line) of those that are neither blank nor comments."""
+    for number, line in enumerate(read_text(source).split("\n"), 1):
+        if (line := line.strip()) and not line.startswith("# "):
+            yield f"{source} line {number}", line
+
+
+def _read_text(source: Path, root) -> Entries:
+    counts = None
+    for where, line in _lines(source):
+        path, *label = line.rsplit("\t" if "\t" in line else None, maxsplit=1)
         if not label:
-            raise ValueError(f"{where}: must be 'path label': got {line.strip()!r}")
-        label = _label(label[0], where, num_classes)
-        path, numbers = _trailing_numbers(path)
+            raise ValueError(f"{where}: must be 'path label': got {line!r}")
+        path, numbers = _trailing_numbers(path.rstrip())
         if counts is None:
             counts = len(numbers)
-            if counts and os.path.isfile(os.path.join(root, path)):
-                raise ValueError(f"{where}: a video must have one label: got {line.strip()!r}")
+            if counts and os.path.isfile(_join(root, path, where)):
+                raise ValueError(f"{where}: a video must have one label: got {line!r}")
         if len(numbers) != counts or counts > 2:
             raise ValueError(
                 f"{where}: must be 'path label', or as all lines 'folder total label' or 'folder "
-                f"offset total label'; several labels are not supported: got {line.strip()!r}"
+                f"offset total label'; several labels are not supported: got {line!r}"
             )
         span = None
         if counts:
@@ -123,10 +226,9 @@ def _read_text(text: str, source: Path, root, num_classes: int | None) -> list[S
             if span[1] < 1:
                 raise ValueError(
                     f"{where}: must be 'path label', or 'folder total label' with a total of at "
-                    f"least 1; several labels are not supported: got {line.strip()!r}"
+                    f"least 1; several labels are not supported: got {line!r}"
                 )
-        samples.append(Sample(os.path.join(root, path), label, span=span))
-    return samples
+        yield where, Sample(_join(root, path, where), 0, span=span), label[0]
 
 
 def _trailing_numbers(text: str) -> tuple[str, list[int]]:
@@ -146,8 +248,8 @@ def _as_folders(samples: list[Sample]) -> list[Sample]:
     return [replace(sample, path=os.path.splitext(sample.path)[0]) for sample in samples]
 
 
-def _read_csv(text: str, source: Path, root, num_classes: int | None) -> list[Sample]:
-    rows = csv.DictReader(text.splitlines(), skipinitialspace=True)
+def _read_csv(source: Path, root) -> Entries:
+    rows = csv.DictReader(io.StringIO(read_text(source), newline=""), skipinitialspace=True)
     columns = [name.strip() for name in rows.fieldnames or []]
     allowed = {"path", "label", "start", "end"}
     if not {"path", "label"} <= set(columns) <= allowed or len(columns) != len(set(columns)):
@@ -156,7 +258,6 @@ def _read_csv(text: str, source: Path, root, num_classes: int | None) -> list[Sa
             f"got {','.join(columns)!r}"
         )
     rows.fieldnames = columns
-    samples = []
     for row in rows:
         where = f"{source} line {rows.line_num}"
         if None in row or None in row.values() or not row["path"].strip():
@@ -164,42 +265,24 @@ def _read_csv(text: str, source: Path, root, num_classes: int | None) -> list[Sa
         start, end = (_seconds(row.get(key, ""), key, where) for key in ("start", "end"))
         if end is not None and end <= (start or 0.0):
             raise ValueError(f"{where}: end must be after start: got {start} to {end}")
-        path = os.path.join(root, row["path"].strip())
-        samples.append(Sample(path, _label(row["label"], where, num_classes), start, end))
-    return samples
+        yield where, Sample(_join(root, row["path"].strip(), where), 0, start, end), row["label"]
 
 
-def _read_folder(source: Path, num_classes: int | None) -> list[Sample]:
-    names = class_names(source)
-    _check_classes(source, names, num_classes)
+def _read_folder(source: Path) -> tuple[list[Sample], dict[str, str]]:
+    folders = class_folders(source)
+    if not folders:
+        raise ValueError(f"list {source} must hold one folder per class: got none")
     samples = []
-    for label, name in enumerate(names):
+    for label, folder in enumerate(folders):
         videos = sorted(
             str(entry)
-            for entry in (source / name).iterdir()
-            if entry.name[0] != "." and (entry.suffix.lower() in VIDEO_SUFFIXES or entry.is_dir())
+            for entry in folder.iterdir()
+            if is_video(entry) or (entry.is_dir() and entry.name[0] != ".")
         )
         if not videos:
-            raise ValueError(f"class folder {source / name} must hold a video: got none")
+            raise ValueError(f"class folder {folder} must hold a video: got none")
         samples += [Sample(video, label) for video in videos]
-    return samples
-
-
-def _check_classes(source: Path, names: tuple[str, ...], num_classes: int | None) -> None:
-    if num_classes is not None and len(names) > num_classes:
-        raise ValueError(f"list {source} must have at most {num_classes} classes: got {len(names)}")
-
-
-def _label(text: str, where: str, num_classes: int | None) -> int:
-    try:
-        label = int(text)
-    except ValueError:
-        raise ValueError(f"{where}: label must be an integer: got {text!r}") from None
-    if label < 0:
-        raise ValueError(f"{where}: label must not be negative: got {label}")
-    if num_classes is not None and label >= num_classes:
-        raise ValueError(f"{where}: label must be below num_classes {num_classes}: got {label}")
-    return label
+    return samples, {plain_name(folder.name): str(folder) for folder in folders}
 
 
 def _seconds(text: str, name: str, where: str) -> float | None:

@@ -114,7 +114,7 @@ def test_fused_kernel_equals_two_products(monkeypatch, rank, dropout):
     monkeypatch.setattr(module, "uses_kernels", lambda x: True)
     with poisoned():
         fused = [*adapt(x, adapter, drop, residual), *adapt_grad(x, adapter, drop)]
-    monkeypatch.setattr("zeroi2v_kernels.adapter_linear_triton.fits", lambda *_: False)
+    monkeypatch.setattr("zeroi2v_kernels.adapter_linear_triton.takes", lambda *_: False)
     apart = [*adapt(x, adapter, drop, residual), *adapt_grad(x, adapter, drop)]
     for actual, expected in zip(fused, apart, strict=True):
         assert actual.dtype == expected.dtype

@@ -4,6 +4,7 @@ import pytest
 import torch
 from attention import packed_attention
 from rounding import assert_within_budget
+from zeroi2v_kernels import stdha_matmul
 from zeroi2v_kernels.stdha import (
     shift_heads,
     shift_heads_backward,
@@ -159,3 +160,18 @@ def test_the_definition_of_the_budgets_is_the_op_s():
     weight = torch.randn_like(out)
     gradients = [torch.autograd.grad(x, qkv, weight)[0] for x in (out, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+
+
+def test_matmul_computes_in_its_own_dtype_under_autocast(monkeypatch):
+    """On CUDA autocast makes softmax float32, to which half-precision gradients do not fit."""
+    seen, product = [], stdha_matmul._product
+
+    def recorded(*args):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return product(*args)
+
+    monkeypatch.setattr(stdha_matmul, "_product", recorded)
+    qkv = random_qkv(2, 2).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        stdha(qkv, (1, 0), backend="matmul").float().sum().backward()
+    assert seen and not any(seen) and qkv.grad.dtype == qkv.dtype

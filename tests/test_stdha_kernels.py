@@ -6,6 +6,8 @@ Kernels run in Triton's interpreter. The yardstick is the definition in float64,
 
 import logging
 import sys
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -327,9 +329,48 @@ def test_flash_backend_takes_the_newest_function_that_fits_or_says_what_to_insta
     ):
         asked.clear()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, major=major: (major, 0))
-        with pytest.raises(ValueError, match="needs the package flash-attn: pip install"):
+        package = "flash-attn" if major == 8 else "flash-attn-4"
+        with pytest.raises(ValueError, match=f"needs the package {package}: pip install {package}"):
             stdha_flash.flash_attention(torch.device("cuda"))
         assert asked == homes
+
+
+def flash_attn_4(
+    q, k, v, qv=None, gather_kv_indices=None, softmax_scale=None, causal=False,
+    window_size=(None, None), learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None,
+    deterministic=False, score_mod=None, score_mod_bwd=None, mask_mod=None, aux_tensors=None,
+    aux_scalars=None, block_sparse_tensors=None, block_sparse_tensors_bwd=None, return_lse=False,
+    gather_bwd_recompute_p=False, gather_bwd_token_chunk=None,
+):  # fmt: skip
+    """`flash_attn.cute.flash_attn_func` of flash-attn-4 4.0.0b36, as far as it is used."""
+    assert qv is None and gather_kv_indices is None and not causal and not deterministic
+    assert q.shape[0] == k.shape[0] and k.shape == v.shape and q.shape[2:] == k.shape[2:]
+    assert all(x.stride(-1) == 1 for x in (q, k, v))
+    scores = softmax_scale * q.transpose(1, 2) @ k.permute(0, 2, 3, 1)
+    return (scores.softmax(-1) @ v.transpose(1, 2)).transpose(1, 2), None
+
+
+def test_flash_attn_4_is_called_as_it_is_written(monkeypatch):
+    def find(home):
+        if home != "flash_attn.cute":
+            raise ImportError(home)
+        return SimpleNamespace(flash_attn_func=flash_attn_4)
+
+    monkeypatch.setattr(stdha_flash, "import_module", find)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    qkv, offsets = random_qkv(4, 5, 4, 16, clips=2).double(), (-1, 1, 0, 0)
+    attend = partial(stdha_flash.flash_attention(torch.device("cuda")), softmax_scale=0.3)
+    query, key_value = qkv[:, :, :, 0], qkv[:, :, :, 1:]
+    weight = torch.randn_like(query)
+    got, expected = (
+        with_gradient(function, [query, key_value], weight)
+        for function in (
+            lambda q, kv: stdha_flash.attend_grouped(q, kv, offsets, attend),
+            lambda q, kv: stdha_split(q, kv, offsets, 0.3, backend="reference"),
+        )
+    )
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("activation, adapter", [("quick_gelu", {}), ("gelu", None)])

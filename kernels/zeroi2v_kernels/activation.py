@@ -12,7 +12,6 @@ Source: QuickGELU is CLIP's (arXiv 2103.00020, its released model.py).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from itertools import product
 
 import torch
@@ -21,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zeroi2v_kernels import bounds, proof
+from zeroi2v_kernels.device import on_device, packed
 from zeroi2v_kernels.dot import INTERPRET
 
 KINDS = ("quick_gelu", "gelu")
@@ -61,7 +62,7 @@ def _tile(COLUMNS, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
     return rows[:, None], columns[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _activation_fwd_kernel(
     x_ptr, bias_ptr, out_ptr, num_rows,
     COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, QUICK: tl.constexpr,
@@ -77,7 +78,7 @@ def _activation_fwd_kernel(
     tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _activation_bwd_kernel(
     grad_ptr, x_ptr, bias_ptr, out_ptr, num_rows,
     COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, QUICK: tl.constexpr,
@@ -99,23 +100,49 @@ def _activation_bwd_kernel(
     tl.store(out_ptr + offsets, (grad * slope).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch(kernel, tensors: tuple[Tensor | None, ...], kind: str, has_bias: bool) -> None:
-    """Runs `kernel` over the rows of its last tensor."""
+def _run(kernel, tensors: tuple[Tensor | None, ...], kind: str, has_bias: bool) -> None:
+    """Runs `kernel` over the rows of its last tensor, its output."""
     columns = tensors[-1].shape[-1]
     num_rows = tensors[-1].numel() // max(columns, 1)
     grid = (triton.cdiv(num_rows, _BLOCK[0]) * triton.cdiv(columns, _BLOCK[1]),)
     constants = (columns, has_bias, kind == "quick_gelu", *_BLOCK)
     if num_rows and columns:
-        # Triton launches on the current device, which need not be the tensors'.
-        with torch.cuda.device(tensors[-1].device) if tensors[-1].is_cuda else nullcontext():
+        with on_device(tensors[-1]):
+            tensors = [packed(x) for x in tensors]
             kernel[grid](*tensors, num_rows, *constants, num_warps=_WARPS)
+
+
+def _trusted(kernel, x: Tensor, bias: Tensor | None, kind: str) -> bool:
+    dtypes = (x.dtype, None if bias is None else bias.dtype)
+    key = (kernel, x.device, *dtypes, x.shape[-1], kind)
+    return proof.trusted(key, x.device, lambda: _configuration(kernel, *dtypes, x.shape[-1], kind))
+
+
+def _configuration(kernel, dtype, bias_dtype, columns: int, kind: str) -> proof.Configuration:
+    direction = "forward" if kernel is _activation_fwd_kernel else "backward"
+    name = f"{kind} {direction} C={columns} {dtype}" + f" bias {bias_dtype}" * bool(bias_dtype)
+
+    def trial(generator: torch.Generator) -> proof.Trial:
+        x, grad = (3 * proof.draw(generator, (9, columns), dtype) for _ in range(2))
+        bias = bias_dtype and proof.draw(generator, (columns,), bias_dtype)
+        grads = [] if direction == "forward" else [grad]
+        return proof.Trial(
+            [torch.empty_like(x)],
+            lambda out: _run(kernel, (*grads, x, bias, out), kind, bias is not None),
+            [bounds.activation(x, bias, kind, *grads)],
+        )
+
+    return proof.Configuration(name.replace("torch.", ""), (_BLOCK, _WARPS), trial)
 
 
 @torch.library.custom_op("zeroi2v::activation_forward", mutates_args=())
 def activation_forward(x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     """`bias_activation` without its checks."""
+    if not _trusted(_activation_fwd_kernel, x, bias, kind):
+        wide = None if bias is None else bias.float()
+        return bias_activation_reference(x.float(), wide, kind).to(x.dtype).contiguous()
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _launch(_activation_fwd_kernel, (x.contiguous(), bias, out), kind, bias is not None)
+    _run(_activation_fwd_kernel, (x, bias, out), kind, bias is not None)
     return out
 
 
@@ -127,10 +154,21 @@ def _(x, bias, kind):
 @torch.library.custom_op("zeroi2v::activation_backward", mutates_args=())
 def activation_backward(grad: Tensor, x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     """Gradient of x for that of the output."""
+    if not _trusted(_activation_bwd_kernel, x, bias, kind):
+        return _plain_gradient(grad, x, bias, kind)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    tensors = (grad.contiguous(), x.contiguous(), bias, out)
-    _launch(_activation_bwd_kernel, tensors, kind, bias is not None)
+    _run(_activation_bwd_kernel, (grad.to(x.dtype), x, bias, out), kind, bias is not None)
     return out
+
+
+def _plain_gradient(grad: Tensor, x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    """`activation_backward` in PyTorch, in float32."""
+    u = x.float() if bias is None else x.float() + bias.float()
+    if kind == "quick_gelu":
+        out = torch.ops.aten.silu_backward(grad.float(), 1.702 * u)
+    else:
+        out = torch.ops.aten.gelu_backward(grad.float(), u)
+    return out.to(x.dtype).contiguous()
 
 
 @activation_backward.register_fake
@@ -153,6 +191,13 @@ def _backward(ctx, grad):
 
 
 activation_forward.register_autograd(_backward, setup_context=_save)
+
+
+def shipped(device: torch.device) -> Iterator[proof.Configuration]:
+    """What `proof.prove_shipped` proves of activations."""
+    kernels = (_activation_fwd_kernel, _activation_bwd_kernel)
+    for kernel, kind, has_bias, dtype in product(kernels, KINDS, (False, True), _DTYPES):
+        yield _configuration(kernel, dtype, dtype if has_bias else None, 3072, kind)
 
 
 def compile_cases(arch: int) -> Iterator[dict]:

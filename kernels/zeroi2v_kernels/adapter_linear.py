@@ -30,13 +30,14 @@ Source: ZeroI2V (arXiv 2310.01324), section 3.3.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from zeroi2v_kernels.device import without_autocast
 
 
 class Adapter(NamedTuple):
@@ -182,7 +183,8 @@ def adapt(
 
     `overwrite` allows the result to take the place of x. A residual keeps its dtype.
     """
-    if uses_kernels(x) and _triton().fits(x, adapter.down.shape[0]):
+    rank, dropped = adapter.down.shape[0], dropout.dropped
+    if uses_kernels(x) and _triton().takes(x, rank, False, dropped, dropout.place, residual):
         biases = (adapter.down_bias, adapter.up_bias)
         return _triton().fused_bottleneck(
             x, adapter.down, adapter.up, biases, adapter.scale, *_drawn(dropout), residual
@@ -200,7 +202,8 @@ def adapt(
 
 def adapt_grad(grad: Tensor, adapter: Adapter, dropout: Dropout) -> tuple[Tensor, Tensor]:
     """dx `[n, C]` and dd `[n, R]` for the gradient of the adapter's output."""
-    if uses_kernels(grad) and _triton().fits(grad, adapter.down.shape[0]):
+    rank, dropped = adapter.down.shape[0], dropout.dropped
+    if uses_kernels(grad) and _triton().takes(grad, rank, True, dropped, dropout.place):
         return _triton().fused_bottleneck(
             grad, adapter.up, adapter.down, None, adapter.scale, *_drawn(dropout)
         )
@@ -266,17 +269,6 @@ def dropout_mask(like: Tensor, dropout: Dropout) -> Tensor:
     numbers = words.view(torch.int16)[: like.numel()].view(like.shape)
     kept = numbers >= dropout.dropped - 2**15
     return kept.to(like.dtype).mul_(2**16 / (2**16 - dropout.dropped))
-
-
-def without_autocast(operator: Callable) -> Callable:
-    """`operator` as it computes without autocast, which would narrow what it does in float32."""
-
-    @functools.wraps(operator)
-    def wide(x: Tensor, *args, **kwargs):
-        with torch.autocast(x.device.type, enabled=False):
-            return operator(x, *args, **kwargs)
-
-    return wide
 
 
 def uses_kernels(x: Tensor) -> bool:
@@ -384,7 +376,10 @@ def _(x, weight, bias, adapter, seed, scale, after, dropout, merged):
 
 @adapter_linear_backward.register_fake
 def _(grad, source, d, weight, bias, adapter, seed, scale, after, dropout):
-    return [grad.new_empty(grad.shape[0], weight.shape[1]), *(torch.empty_like(w) for w in adapter)]
+    return [
+        grad.new_empty(grad.shape[0], weight.shape[1]),
+        *(w.new_empty(w.shape) for w in adapter),
+    ]
 
 
 def _save(ctx, inputs, output):

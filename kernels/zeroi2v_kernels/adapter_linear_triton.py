@@ -12,7 +12,6 @@ read twice, the second time from the cache. A mask is a pure function of seed, p
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -20,6 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zeroi2v_kernels import bounds, proof
+from zeroi2v_kernels.device import arch as arch_of
+from zeroi2v_kernels.device import on_device, packed
 from zeroi2v_kernels.dot import INTERPRET, _dot
 
 
@@ -41,6 +43,13 @@ LAUNCH = {
     100: {192: Launch(128, 64, 64, 8, 2), 256: Launch(64, 64, 64, 8, 2)},
 }
 _DROPOUT_BLOCK = (16, 256)
+# What stands for all that is used: channels, rank, dtype; and
+# whether backward, dropout in 2^-16, dtype of the residual.
+_SHAPES = [(768, 192, "bf16"), (1024, 256, "bf16"), (768, 192, "fp16"), (192, 48, "bf16")]
+_KINDS = [
+    *((False, 0, None), (False, 0, "same"), (False, 6554, None), (False, 6554, "same")),
+    *((False, 6554, "fp32"), (True, 0, None), (True, 6554, None)),
+]
 
 
 @triton.jit
@@ -55,7 +64,7 @@ def _keep(seed, rows, columns, PLACE: tl.constexpr, DROPPED: tl.constexpr):
     return tl.where((bits >> 16) >= DROPPED, 65536 / (65536 - DROPPED), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _dropout_kernel(
     x_ptr, seed_ptr, out_ptr, num_rows,
     R: tl.constexpr, PLACE: tl.constexpr, DROPPED: tl.constexpr,
@@ -118,7 +127,7 @@ def _finish(acc, rows, start, bias_ptr, seed_ptr, mid_ptr, num_rows, first_scale
     return mid
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _bottleneck_kernel(
     x_ptr, first_ptr, first_bias_ptr, second_ptr, second_bias_ptr, residual_ptr, seed_ptr,
     out_ptr, mid_ptr, num_rows, first_scale, scale,
@@ -182,7 +191,7 @@ def fused_bottleneck(
     """An adapter forward (with `biases`) or backward (without): out `[n, C]`, middle `[n, R]`.
 
     Args:
-        x: `[n, C]`, contiguous; backward, the gradient of the adapter's output.
+        x: `[n, C]`; backward, the gradient of the adapter's output.
         first, second: forward D `[R, C]` and U `[C, R]`, backward U and D.
         biases: of D and U.
         scale: the adapter's factor.
@@ -191,44 +200,160 @@ def fused_bottleneck(
         place: which of the dropouts of this seed.
         residual: added to the output, which takes its dtype.
     """
-    backward = biases is None
-    num_rows, width = x.shape
-    rank = second.shape[0] if backward else first.shape[0]
-    out = torch.empty_like(x if residual is None else residual)
-    middle = x.new_empty(num_rows, rank)
+    rank = second.shape[0] if biases is None else first.shape[0]
+    out = x.new_empty(x.shape, dtype=(x if residual is None else residual).dtype)
+    middle = x.new_empty(x.shape[0], rank)
+    drop = (dropped, seed, place)
+    _run_bottleneck(x, first, second, biases, scale, *drop, residual, out, middle)
+    return out, middle
+
+
+def _run_bottleneck(
+    x, first, second, biases, scale, dropped, seed, place, residual, out, middle
+) -> None:
+    _check_device(x)
+    (num_rows, width), rank, backward = x.shape, middle.shape[1], biases is None
+    constants, options = _plan(
+        width, rank, backward, residual is not None, place, dropped, arch_of(x.device)
+    )
     first_bias, second_bias = (None, None) if backward else biases
-    constants, options = _plan(width, rank, backward, residual is not None, place, dropped, x)
-    tensors = (x, first, first_bias, second, second_bias, residual, seed, out, middle)
+    reads = [packed(t) for t in (x, first, first_bias, second, second_bias, residual)]
     factors = (scale, 1.0) if backward else (1.0, scale)
     if num_rows:
-        with _device(x):
+        with on_device(x):
             grid = (triton.cdiv(num_rows, constants["BLOCK_M"]),)
+            tensors = (*reads, seed, out, middle)
             _bottleneck_kernel[grid](*tensors, num_rows, *factors, **constants, **options)
-    return out, middle
 
 
 def dropout(x: Tensor, dropped: int, seed: Tensor, place: int) -> Tensor:
     """The same dropout on `x [n, R]` alone."""
-    num_rows, rank = x.shape
-    out = torch.empty_like(x)
-    if num_rows:
-        grid = tuple(triton.cdiv(n, b) for n, b in zip(x.shape, _DROPOUT_BLOCK, strict=True))
-        with _device(x):
-            _dropout_kernel[grid](x, seed, out, num_rows, rank, place, dropped, *_DROPOUT_BLOCK)
+    _check_device(x)
+    key = ("dropout", x.device, x.dtype, x.shape[1], dropped, place)
+    if not proof.trusted(
+        key, x.device, lambda: _dropout_trial(x.dtype, x.shape[1], dropped, place)
+    ):
+        return (x.float() * mask(*x.shape, dropped, seed, place)).to(x.dtype)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _run_dropout(x, dropped, seed, place, out)
     return out
 
 
-def fits(x: Tensor, rank: int) -> bool:
+def _run_dropout(x: Tensor, dropped: int, seed: Tensor, place: int, out: Tensor) -> None:
+    num_rows, rank = x.shape
+    if num_rows:
+        grid = tuple(triton.cdiv(n, b) for n, b in zip(x.shape, _DROPOUT_BLOCK, strict=True))
+        with on_device(x):
+            constants = (rank, place, dropped, *_DROPOUT_BLOCK)
+            _dropout_kernel[grid](packed(x), seed, out, num_rows, *constants)
+
+
+def mask(num_rows: int, rank: int, dropped: int, seed: Tensor, place: int) -> Tensor:
+    """What `_keep` draws, in PyTorch: 0 or 1 / (1 - p), float32 `[n, R]`, on the seed's device.
+
+    Source: Philox, Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011).
+    """
+    low = 2**32 - 1
+    rows, columns = (torch.arange(n, device=seed.device) for n in (num_rows, rank))
+    shape = (num_rows, rank)
+    a, b = rows[:, None].expand(shape), columns.expand(shape)
+    c, d = torch.full_like(a, place), torch.zeros_like(a)
+    key, other_key = seed & low, (seed >> 32) & low
+    for _ in range(7):
+        (high_a, low_a), (high_c, low_c) = _product(a, 0xD2511F53), _product(c, 0xCD9E8D57)
+        a, b, c, d = high_c ^ b ^ key, low_c, high_a ^ d ^ other_key, low_a
+        key, other_key = (key + 0x9E3779B9) & low, (other_key + 0xBB67AE85) & low
+    return ((a >> 16) >= dropped) * (65536 / (65536 - dropped))
+
+
+def _product(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a product of two unsigned numbers of 32 bits, kept in int64."""
+    by_low, by_high = x * (factor & 0xFFFF), x * (factor >> 16)  # below 2^48
+    middle = (by_low >> 16) + by_high
+    return middle >> 16, ((middle & 0xFFFF) << 16) | (by_low & 0xFFFF)
+
+
+def takes(
+    x: Tensor,
+    rank: int,
+    backward: bool,
+    dropped: int,
+    place: int,
+    residual: Tensor | None = None,
+) -> bool:
     """Whether the fused kernel takes rows like those of x, of a bottleneck of that rank.
 
     It wins by what it does not write; float32 and wide bottlenecks would not stay in registers.
     """
-    return x.dtype in (torch.bfloat16, torch.float16) and rank <= 256 and rank % 16 == 0
+    if x.dtype not in (torch.bfloat16, torch.float16) or rank > 256 or rank % 16:
+        return False
+    shape = (x.dtype, x.shape[1], rank, backward, dropped, place)
+    shape += (None if residual is None else residual.dtype,)
+    key = ("bottleneck", x.device, *shape)
+    return proof.trusted(key, x.device, lambda: _bottleneck_trial(x.device, *shape))
 
 
-def _plan(width, rank, backward, has_residual, place, dropped, x, arch=None):
+def _bottleneck_trial(device, dtype, width, rank, backward, dropped, place, residual_dtype):
+    """The configuration of `_bottleneck_kernel`."""
+    has_residual = residual_dtype is not None
+    plan = _plan(width, rank, backward, has_residual, place, dropped, arch_of(device))
+    name = f"adapter {'backward' if backward else 'forward'} C={width} R={rank} {dtype}"
+    name += f" dropout {dropped} place {place}" * bool(dropped)
+    name += f" residual {residual_dtype}" * has_residual
+
+    def trial(generator: torch.Generator) -> proof.Trial:
+        rows = plan[0]["BLOCK_M"] + 9
+        x = proof.draw(generator, (rows, width), dtype)
+        down = proof.draw(generator, (rank, width), dtype) * width**-0.5
+        up = proof.draw(generator, (width, rank), dtype) * rank**-0.5
+        biases = tuple(proof.draw(generator, (n,), dtype) for n in (rank, width))
+        residual = residual_dtype and proof.draw(generator, (rows, width), residual_dtype)
+        seed = torch.tensor(0x123456789ABCDEF, device=x.device) if dropped else None
+        weights = (up, down, None) if backward else (down, up, biases)
+        kept = mask(rows, rank, dropped, seed, place) if dropped else None
+        out = x.new_empty(x.shape, dtype=residual_dtype or dtype)
+        return proof.Trial(
+            [out, x.new_empty(rows, rank)],
+            lambda *outputs: _run_bottleneck(
+                x, *weights, 0.5, dropped, seed, place, residual, *outputs
+            ),
+            list(bounds.bottleneck(x, *weights, 0.5, kept, residual)),
+        )
+
+    settings = (tuple(plan[0].items()), tuple(plan[1].items()))
+    return proof.Configuration(name.replace("torch.", ""), settings, trial)
+
+
+def _dropout_trial(dtype, rank, dropped, place) -> proof.Configuration:
+    """The configuration of `_dropout_kernel`."""
+
+    def trial(generator: torch.Generator) -> proof.Trial:
+        x = proof.draw(generator, (37, rank), dtype)
+        seed = torch.tensor(0x123456789ABCDEF, device=x.device)
+        return proof.Trial(
+            [torch.empty_like(x)],
+            lambda out: _run_dropout(x, dropped, seed, place, out),
+            [bounds.scaled(x, mask(37, rank, dropped, seed, place).double())],
+        )
+
+    name = f"adapter dropout R={rank} {dtype} dropout {dropped} place {place}"
+    return proof.Configuration(name.replace("torch.", ""), _DROPOUT_BLOCK, trial)
+
+
+def shipped(device: torch.device) -> Iterator[proof.Configuration]:
+    """What `proof.prove_shipped` proves of adapters."""
+    for width, rank, element in _SHAPES:
+        dtype = torch.bfloat16 if element == "bf16" else torch.float16
+        for backward, dropped, residual in _KINDS:
+            stream = {None: None, "same": dtype, "fp32": torch.float32}[residual]
+            yield _bottleneck_trial(device, dtype, width, rank, backward, dropped, 0, stream)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        yield _dropout_trial(dtype, 192, 6554, 0)
+
+
+def _plan(width, rank, backward, has_residual, place, dropped, arch):
     """Constants and options of `_bottleneck_kernel`."""
-    launch = LAUNCH[arch or _arch(x.device)][192 if rank <= 192 else 256]
+    launch = LAUNCH[arch][192 if rank <= 192 else 256]
     size_a = max(16, 1 << (rank.bit_length() - 1))
     size_b = max(16, triton.next_power_of_2(rank - size_a)) if rank > size_a else 0
     constants = dict(
@@ -239,32 +364,16 @@ def _plan(width, rank, backward, has_residual, place, dropped, x, arch=None):
     return constants, dict(num_warps=launch.warps, num_stages=launch.stages)
 
 
-def _arch(device: torch.device) -> int:
-    """The entry of LAUNCH for `device`; the interpreter takes that of Hopper."""
-    if device.type != "cuda":
-        return 90
-    return {9: 90, 10: 100}.get(torch.cuda.get_device_capability(device)[0], 80)
-
-
-def _device(x: Tensor):
-    """Triton launches on the current device, which need not be the tensor's."""
+def _check_device(x: Tensor) -> None:
     if not (x.is_cuda or INTERPRET):
         raise ValueError(f"x must be on a CUDA device: got {x.device}")
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def compile_cases(arch: int) -> Iterator[dict]:
     """Every kernel and configuration shipped for `arch`, as `stdha_launch.compile_cases`."""
-    shapes = [(768, 192, "bf16"), (1024, 256, "bf16"), (768, 192, "fp16"), (192, 48, "bf16")]
-    kinds = [  # backward, dropout in 2^-16, dtype of the residual
-        *((False, 0, None), (False, 0, "same"), (False, 6554, None), (False, 6554, "same")),
-        *((False, 6554, "fp32"), (True, 0, None), (True, 6554, None)),
-    ]
-    for width, rank, element in shapes:
-        for backward, dropped, residual in kinds:
-            constants, options = _plan(
-                width, rank, backward, bool(residual), 0, dropped, None, arch
-            )
+    for width, rank, element in _SHAPES:
+        for backward, dropped, residual in _KINDS:
+            constants, options = _plan(width, rank, backward, bool(residual), 0, dropped, arch)
             absent = ["first_bias_ptr", "second_bias_ptr"] * backward
             absent += ["residual_ptr"] * (not residual) + ["seed_ptr"] * (not dropped)
             types = dict.fromkeys(_bottleneck_kernel.arg_names, f"*{element}")

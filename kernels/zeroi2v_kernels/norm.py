@@ -16,7 +16,6 @@ Source: LayerNorm, arXiv 1607.06450.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from itertools import product
 
 import torch
@@ -25,6 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zeroi2v_kernels import bounds, proof
+from zeroi2v_kernels.device import on_device, packed
 from zeroi2v_kernels.dot import INTERPRET
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -68,7 +69,7 @@ def add_layer_norm(
     return normed, x if residual is None else total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, normed_ptr, total_ptr, mean_ptr, rstd_ptr,
     num_rows, eps,
@@ -95,7 +96,7 @@ def _norm_fwd_kernel(
     tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _norm_bwd_kernel(
     grad_ptr, total_grad_ptr, total_ptr, mean_ptr, rstd_ptr, weight_ptr,
     out_ptr, weight_sums_ptr, bias_sums_ptr, num_rows,
@@ -145,23 +146,50 @@ def norm_forward(
 
     These are mean and 1 / deviation, `[...]`. `x` and `residual` may differ in dtype.
     """
-    x = x.contiguous()
-    normed, total, mean, rstd = _outputs(x, residual, dtype)
+    outputs = _outputs(x, residual, dtype)
+    dtypes = (x.dtype, None if residual is None else residual.dtype, weight.dtype, bias.dtype)
+    key = ("norm", x.device, *dtypes, dtype, x.shape[-1])
+    if not proof.trusted(key, x.device, lambda: _forward_trial(*dtypes, dtype, x.shape[-1])):
+        total = x if residual is None else (x.float() + residual.float()).to(residual.dtype)
+        weights = (weight.float(), bias.float())
+        normed, mean, rstd = torch.native_layer_norm(total.float(), x.shape[-1:], *weights, eps)
+        total = outputs[1] if residual is None else total.contiguous()
+        return normed.to(dtype).contiguous(), total, mean.squeeze(-1), rstd.squeeze(-1)
+    _run_forward(x, residual, weight, bias, eps, *outputs)
+    return outputs
+
+
+def _run_forward(x, residual, weight, bias, eps, normed, total, mean, rstd) -> None:
     columns, num_rows = x.shape[-1], mean.numel()
-    added = None if residual is None else residual.contiguous()
-    weights = (weight.contiguous(), bias.contiguous())
-    tensors = (x, added, *weights, normed, total, mean, rstd)
+    tensors = (packed(x), packed(residual), packed(weight), packed(bias), normed, total, mean, rstd)
     constants = (columns, residual is not None, _ROWS, triton.next_power_of_2(columns))
     if num_rows:
-        with _device(x):
+        with on_device(x):
             grid = (triton.cdiv(num_rows, _ROWS),)
             _norm_fwd_kernel[grid](*tensors, num_rows, eps, *constants, num_warps=_WARPS)
-    return normed, total, mean, rstd
 
 
-def _device(x: Tensor):
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+def _forward_trial(x_dtype, residual_dtype, weight_dtype, bias_dtype, dtype, columns):
+    """The configuration of `_norm_fwd_kernel` for tensors of such dtypes."""
+    name = f"layer norm forward C={columns} {x_dtype} weights {weight_dtype} {bias_dtype} {dtype}"
+    name += f" residual {residual_dtype}" * bool(residual_dtype)
+
+    def trial(generator: torch.Generator) -> proof.Trial:
+        x = 3 * proof.draw(generator, (7, columns), x_dtype) + 1
+        residual = residual_dtype and proof.draw(generator, (7, columns), residual_dtype)
+        weight = proof.draw(generator, (columns,), weight_dtype)
+        bias = proof.draw(generator, (columns,), bias_dtype)
+        normed, total, mean, rstd = _outputs(x, residual, dtype)
+        totals = [] if residual is None else [total]
+
+        def run(normed, *outputs):
+            *sums, mean, rstd = outputs
+            _run_forward(x, residual, weight, bias, 1e-5, normed, *(sums or [total]), mean, rstd)
+
+        truths = bounds.norm(x, residual, weight, bias, 1e-5, dtype)
+        return proof.Trial([normed, *totals, mean, rstd], run, truths)
+
+    return proof.Configuration(name.replace("torch.", ""), (_ROWS, _WARPS), trial)
 
 
 def _outputs(x, residual, dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -187,23 +215,81 @@ def norm_backward(
     sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of the sum, and if `sums` is set, in float32, those of weight and bias."""
-    total = total.contiguous()
+    dtypes = [None if t is None else t.dtype for t in (grad, total_grad, total, weight)]
+    key = ("norm gradient", total.device, *dtypes, sums, total.shape[-1])
+    if not proof.trusted(
+        key, total.device, lambda: _backward_trial(*dtypes, sums, total.shape[-1])
+    ):
+        return _plain_gradients(grad, total_grad, total, mean, rstd, weight, sums)
+    outputs = _gradients(total, sums)
+    _run_backward(grad, total_grad, total, mean, rstd, weight, sums, *outputs)
+    return outputs[0], outputs[1].sum(0), outputs[2].sum(0)
+
+
+def _gradients(total: Tensor, sums: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What the kernel writes: of the sum, and of weight and bias by program."""
+    out = torch.empty_like(total, memory_format=torch.contiguous_format)
+    columns = total.shape[-1]
+    tiles = triton.cdiv(total.numel() // max(columns, 1), _ROWS)
+    shape = (min(tiles, _SUMMERS) if sums else 0, columns)
+    return out, *(total.new_empty(shape, dtype=torch.float32) for _ in range(2))
+
+
+def _run_backward(
+    grad, total_grad, total, mean, rstd, weight, sums, out, weight_sums, bias_sums
+) -> None:
     columns, num_rows = total.shape[-1], mean.numel()
-    tiles = triton.cdiv(num_rows, _ROWS)
-    programs = min(tiles, _SUMMERS) if sums else tiles
-    out = torch.empty_like(total)
-    shape = (programs if sums else 0, columns)
-    weight_sums, bias_sums = (grad.new_empty(shape, dtype=torch.float32) for _ in range(2))
-    passed = None if total_grad is None else total_grad.contiguous()
-    reads = (grad.contiguous(), passed, total, mean, rstd, weight.contiguous())
+    reads = [packed(x) for x in (grad, total_grad, total, mean, rstd, weight)]
     block = triton.next_power_of_2(columns)
-    constants = (columns, passed is not None, sums, _ROWS, block)
+    constants = (columns, total_grad is not None, sums, _ROWS, block)
     if num_rows:
-        with _device(total):
-            tensors = (*reads, out, weight_sums, bias_sums)
+        with on_device(total):
+            programs = weight_sums.shape[0] if sums else triton.cdiv(num_rows, _ROWS)
             warps = _SUMMER_WARPS if sums else _WARPS
+            tensors = (*reads, out, weight_sums, bias_sums)
             _norm_bwd_kernel[(programs,)](*tensors, num_rows, *constants, num_warps=warps)
-    return out, weight_sums.sum(0), bias_sums.sum(0)
+
+
+def _backward_trial(grad_dtype, passed_dtype, dtype, weight_dtype, sums, columns):
+    """The configuration of `_norm_bwd_kernel` for tensors of such dtypes."""
+    name = f"layer norm backward C={columns} {grad_dtype} of {dtype} weights {weight_dtype}"
+    name += f" passed {passed_dtype}" * bool(passed_dtype) + " sums" * sums
+
+    def trial(generator: torch.Generator) -> proof.Trial:
+        rows = 2 * _SUMMERS * _ROWS + 1 if sums else 7  # the programs that sum go round
+        total = 3 * proof.draw(generator, (rows, columns), dtype) + 1
+        grad = proof.draw(generator, (rows, columns), grad_dtype)
+        passed = passed_dtype and proof.draw(generator, (rows, columns), passed_dtype)
+        weight = proof.draw(generator, (columns,), weight_dtype)
+        rstd, mean = torch.var_mean(total.float(), -1, correction=0)
+        inputs = (grad, passed, total, mean, (rstd + 1e-5).rsqrt(), weight)
+        out, *by_program = _gradients(total, sums)
+
+        def run(out, *summed):
+            parts = [torch.full_like(x, float("nan")) for x in by_program]
+            _run_backward(*inputs, sums, out, *parts)
+            for whole, part in zip(summed, parts, strict=False):
+                whole.copy_(part.sum(0))
+
+        wanted = [x.new_empty(columns) for x in by_program] if sums else []
+        truths = bounds.norm_gradient(*inputs)[: 1 + len(wanted)]
+        return proof.Trial([out, *wanted], run, list(truths))
+
+    settings = (_ROWS, _SUMMERS, _SUMMER_WARPS if sums else _WARPS)
+    return proof.Configuration(name.replace("torch.", ""), settings, trial)
+
+
+def _plain_gradients(grad, total_grad, total, mean, rstd, weight, sums):
+    """`norm_backward` in PyTorch, in float32."""
+    out, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+        grad.float(), total.float(), total.shape[-1:], mean[..., None], rstd[..., None],
+        weight.float(), torch.zeros_like(weight, dtype=torch.float32), (True, sums, sums),
+    )  # fmt: skip
+    if total_grad is not None:
+        out = out + total_grad.float()
+    if not sums:
+        dweight, dbias = (out.new_zeros(total.shape[-1]) for _ in range(2))
+    return out.to(total.dtype).contiguous(), dweight, dbias
 
 
 @norm_backward.register_fake
@@ -242,6 +328,16 @@ def _backward(ctx, grad, total_grad, *_):
 
 
 norm_forward.register_autograd(_backward, setup_context=_save)
+
+
+def shipped(device: torch.device) -> Iterator[proof.Configuration]:
+    """What `proof.prove_shipped` proves of norms."""
+    streams = [(dtype, dtype) for dtype in _DTYPES] + [(torch.bfloat16, torch.float32)]
+    for columns, (dtype, stream), is_sum in product((768, 1024), streams, (False, True)):
+        residual = stream if is_sum else None
+        x_dtype = dtype if is_sum else stream
+        yield _forward_trial(x_dtype, residual, torch.float32, torch.float32, dtype, columns)
+        yield _backward_trial(dtype, residual, stream, torch.float32, is_sum, columns)
 
 
 def compile_cases(arch: int) -> Iterator[dict]:

@@ -86,7 +86,8 @@ def stdha(
         backend: what computes it, and nothing else will; None takes what `choose_backend` says.
             `triton`: the kernels of this package; float32, bfloat16 or float16, D 16, 32, 64 or
             128, on a CUDA device or in Triton's interpreter. A view whose rows do not start at
-            multiples of 16 elements is copied first.
+            multiples of 16 elements is copied first. Proven before it is used (`proof.py`); by
+            name a kernel that is wrong is an error, chosen by None it gives way to `matmul`.
             `flash`: flash-attn 2, 3 or 4, one call per group of heads; half precision, CUDA.
             `matmul`: matrix products, one frame at a time.
             `sdpa`: PyTorch's fused attention, after moving the keys of the shifted heads.
@@ -99,6 +100,7 @@ def stdha(
 
     Raises:
         ValueError: a shape, dtype or backend that does not fit, or a package that is missing.
+        RuntimeError: the kernels of backend `triton`, asked for by name, are wrong on this device.
 
     Source: ZeroI2V (arXiv 2310.01324), section 3.2.
     """
@@ -110,9 +112,10 @@ def stdha(
     if qkv.ndim != 6 or qkv.shape[3] != 3:
         raise ValueError(f"qkv must be [B, T, N, 3, H, D]: got {list(qkv.shape)}")
     (qkv,) = _autocast(qkv)
+    named = backend is not None
     scale, backend = _check(qkv, "qkv", head_offsets, scale, backend)
     if backend == "triton":
-        return stdha_op(qkv, list(head_offsets), scale)[0]
+        return stdha_op(qkv, list(head_offsets), scale, named)[0]
     if backend == "reference":
         return stdha_reference(qkv, head_offsets, scale)
     query, key_value = qkv.split((1, 2), dim=3)
@@ -153,9 +156,10 @@ def stdha_split(
             f"key_value must be {query.dtype} on {query.device} like query: "
             f"got {key_value.dtype} on {key_value.device}"
         )
+    named = backend is not None
     scale, backend = _check(query, "query", head_offsets, scale, backend)
     if backend == "triton":
-        return stdha_split_op(query, key_value, list(head_offsets), scale)[0]
+        return stdha_split_op(query, key_value, list(head_offsets), scale, named)[0]
     return _attend(query, key_value, head_offsets, scale, backend, overwrite)
 
 
@@ -219,19 +223,27 @@ def _attend(
 
 
 @torch.library.custom_op("zeroi2v::stdha", mutates_args=())
-def stdha_op(qkv: Tensor, head_offsets: list[int], scale: float) -> tuple[Tensor, Tensor]:
+def stdha_op(
+    qkv: Tensor, head_offsets: list[int], scale: float, named: bool = False
+) -> tuple[Tensor, Tensor]:
     """The Triton forward: out `[B, T, N, H, D]` and lse `[B, T, H, N]`, of which see the kernels.
 
-    Only `out` has a gradient.
+    Only `out` has a gradient. `named` as in `stdha_launch.forward`.
     """
     from zeroi2v_kernels import stdha_launch
 
-    return stdha_launch.forward(qkv[:, :, :, 0], qkv[:, :, :, 1:], head_offsets, scale)
+    return stdha_launch.forward(qkv[:, :, :, 0], qkv[:, :, :, 1:], head_offsets, scale, named)
 
 
 @torch.library.custom_op("zeroi2v::stdha_backward", mutates_args=())
 def stdha_backward_op(
-    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, head_offsets: list[int], scale: float
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    head_offsets: list[int],
+    scale: float,
+    named: bool = False,
 ) -> Tensor:
     """The Triton backward: the gradient of `qkv`, packed like it."""
     from zeroi2v_kernels import stdha_launch
@@ -241,18 +253,19 @@ def stdha_backward_op(
         (x[:, :, :, 0], x[:, :, :, 1:]) for x in (qkv, dqkv)
     )
     gradients = (dquery, dkey_value)
-    stdha_launch.backward(grad, query, key_value, out, lse, *gradients, head_offsets, scale)
+    inputs = (grad, query, key_value, out, lse)
+    stdha_launch.backward(*inputs, *gradients, head_offsets, scale, named)
     return dqkv
 
 
 @torch.library.custom_op("zeroi2v::stdha_split", mutates_args=())
 def stdha_split_op(
-    query: Tensor, key_value: Tensor, head_offsets: list[int], scale: float
+    query: Tensor, key_value: Tensor, head_offsets: list[int], scale: float, named: bool = False
 ) -> tuple[Tensor, Tensor]:
     """As `stdha_op`, for query `[B, T, M, H, D]` and key_value `[B, T, N, 2, H, D]`."""
     from zeroi2v_kernels import stdha_launch
 
-    return stdha_launch.forward(query, key_value, head_offsets, scale)
+    return stdha_launch.forward(query, key_value, head_offsets, scale, named)
 
 
 @torch.library.custom_op("zeroi2v::stdha_split_backward", mutates_args=())
@@ -264,6 +277,7 @@ def stdha_split_backward_op(
     lse: Tensor,
     head_offsets: list[int],
     scale: float,
+    named: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of `query` and `key_value`."""
     from zeroi2v_kernels import stdha_launch
@@ -271,7 +285,8 @@ def stdha_split_backward_op(
     gradients = tuple(
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key_value)
     )
-    stdha_launch.backward(grad, query, key_value, out, lse, *gradients, head_offsets, scale)
+    inputs = (grad, query, key_value, out, lse)
+    stdha_launch.backward(*inputs, *gradients, head_offsets, scale, named)
     return gradients
 
 
@@ -304,7 +319,7 @@ def _fake_gradient(x: Tensor) -> Tensor:
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.head_offsets, ctx.scale = inputs
+    *tensors, ctx.head_offsets, ctx.scale, ctx.named = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, *output)
 
@@ -315,12 +330,13 @@ def _save_inputs(ctx, inputs, output):
 
 
 def _stdha_backward(ctx, grad, _):
-    return stdha_backward_op(grad, *ctx.saved_tensors, ctx.head_offsets, ctx.scale), None, None
+    settings = (ctx.head_offsets, ctx.scale, ctx.named)
+    return stdha_backward_op(grad, *ctx.saved_tensors, *settings), None, None, None
 
 
 def _stdha_split_backward(ctx, grad, _):
-    gradients = stdha_split_backward_op(grad, *ctx.saved_tensors, ctx.head_offsets, ctx.scale)
-    return *gradients, None, None
+    settings = (ctx.head_offsets, ctx.scale, ctx.named)
+    return *stdha_split_backward_op(grad, *ctx.saved_tensors, *settings), None, None, None
 
 
 def _stdha_matmul_backward(ctx, grad):

@@ -81,7 +81,8 @@ def flash_attention(device: torch.device) -> Callable:
         except (ImportError, AttributeError):
             continue
         return lambda *args, **kwargs: _first(function(*args, **kwargs))
-    raise ValueError("backend 'flash' needs the package flash-attn: pip install flash-attn")
+    package = "flash-attn-4" if major >= 9 else "flash-attn"
+    raise ValueError(f"backend 'flash' needs the package {package}: pip install {package}")
 
 
 def _first(result: Tensor | tuple) -> Tensor:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from zeroi2v_kernels import bounds, proof, stdha_matmul
 from zeroi2v_kernels import stdha_triton as kernels
+from zeroi2v_kernels.device import arch, on_device, packed
 from zeroi2v_kernels.dot import INTERPRET
-from zeroi2v_kernels.stdha import HALF, TRITON_WIDTHS
+from zeroi2v_kernels.stdha import HALF, TRITON_DTYPES, TRITON_WIDTHS
 
 LOG2_E = 1.4426950408889634
 ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}  # in Triton
@@ -80,7 +81,11 @@ class Plan(NamedTuple):
 
 
 def forward(
-    query: Tensor, key_value: Tensor, head_offsets: Sequence[int], scale: float
+    query: Tensor,
+    key_value: Tensor,
+    head_offsets: Sequence[int],
+    scale: float,
+    named: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention and what its backward needs; views into one packed tensor are read in place.
 
@@ -89,21 +94,23 @@ def forward(
         key_value: `[B, T, N, 2, H, D]`.
         head_offsets: H ints.
         scale: positive factor on the scores.
+        named: whether the user asked for these kernels, so that nothing may take their place.
 
     Returns:
-        out `[B, T, M, H, D]`, contiguous, and lse `[B, T, H, M]`, float32.
+        out `[B, T, M, H, D]`, contiguous, and lse `[B, T, H, M]`, float32; NaN where PyTorch took
+        the kernel's place, as `backward` then does without.
 
     Raises:
         ValueError: tensors on a CPU, where only Triton's interpreter could run.
+        RuntimeError: as `proof.trusted`.
     """
     _check_device(query)
-    query, key_value = _aligned(query), _aligned(key_value)
-    out = query.new_empty(query.shape)
     batch, frames, num_queries, heads, _ = query.shape
     lse = query.new_empty(batch, frames, heads, num_queries, dtype=torch.float32)
-    plan = plan_forward(query, key_value, head_offsets, arch(query.device))
-    inputs = (*_strides(query), *_strides(key_value), key_value.stride(3), frames, scale * LOG2_E)
-    _launch(plan, query, (query, key_value, out, lse, *inputs))
+    if not _trusted("forward", query, key_value, head_offsets, named):
+        return stdha_matmul.forward(query, key_value, head_offsets, scale), lse.fill_(float("nan"))
+    out = query.new_empty(query.shape)
+    _run_forward(query, key_value, head_offsets, scale, out, lse)
     return out, lse
 
 
@@ -117,17 +124,35 @@ def backward(
     dkey_value: Tensor,
     head_offsets: Sequence[int],
     scale: float,
+    named: bool = False,
 ) -> None:
     """Writes every element of dquery and dkey_value, which may be views into one packed tensor.
 
     `grad` is that of `out`; `out` and `lse` are the forward's; the gradients are shaped as their
-    inputs, aligned as those of a packed tensor are.
+    inputs, aligned as those of a packed tensor are. Raises as `forward`.
     """
     _check_device(query)
+    if _trusted("backward", query, key_value, head_offsets, named):
+        inputs = (grad, query, key_value, out, lse)
+        _run_backward(*inputs, head_offsets, scale, dquery, dkey_value)
+    else:
+        gradients = (dquery, dkey_value)
+        stdha_matmul.backward(grad, query, key_value, *gradients, head_offsets, scale)
+
+
+def _run_forward(query, key_value, head_offsets, scale, out, lse) -> None:
+    query, key_value = _aligned(query), _aligned(key_value)
+    plan = plan_forward(query, key_value, head_offsets, arch(query.device))
+    inputs = (*_strides(query), *_strides(key_value), key_value.stride(3))
+    _launch(plan, query, (query, key_value, out, lse, *inputs, query.shape[1], scale * LOG2_E))
+
+
+def _run_backward(
+    grad, query, key_value, out, lse, head_offsets, scale, dquery, dkey_value
+) -> None:
     query, key_value, grad = _aligned(query), _aligned(key_value), _aligned(grad)
-    out, lse = out.contiguous(), lse.contiguous()
-    frames = query.shape[1]
-    factors = (frames, scale, scale * LOG2_E)
+    out, lse = packed(out), packed(lse)
+    factors = (query.shape[1], scale, scale * LOG2_E)
     reads = (*_strides(query), *_strides(key_value), key_value.stride(3), *_strides(grad))
     dquery_strides = _strides(dquery)
     dkey_strides = (*_strides(dkey_value), dkey_value.stride(3))
@@ -142,6 +167,66 @@ def backward(
         _launch(plans["query"], query, (*tensors, *reads, *dquery_strides, *factors))
         tensors = (query, key_value, lse, delta, grad, dkey_value)
         _launch(plans["key_value"], query, (*tensors, *reads, *dkey_strides, *factors))
+
+
+def _trusted(direction, query, key_value, head_offsets, named) -> bool:
+    """Whether the kernels of a direction have been proven for such tensors."""
+    shapes = (query.shape[2], key_value.shape[2], query.shape[4])
+    key = (direction, query.device, query.dtype, *shapes, *head_offsets)
+    return proof.trusted(
+        key,
+        query.device,
+        lambda: configuration(direction, query.device, query.dtype, *shapes, head_offsets),
+        named,
+    )
+
+
+def configuration(
+    direction: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_queries: int,
+    num_keys: int,
+    width: int,
+    head_offsets: Sequence[int],
+) -> proof.Configuration:
+    """What is to be proven of `forward`, or of `backward`, which takes the forward's results."""
+    frames, heads = (2, 3), len(head_offsets)
+    query = torch.empty(*frames, num_queries, heads, width, dtype=dtype, device="meta")
+    key_value = query.new_empty(*frames, num_keys, 2, heads, width)
+    plans = {"forward": plan_forward(query, key_value, head_offsets, arch(device))}
+    if direction == "backward":
+        plans |= plan_backward(query, key_value, head_offsets, arch(device))
+    settings = tuple(
+        (plan.kernel.fn.__name__, tuple(plan.constants.items()), plan.launch)
+        for plan in plans.values()
+    )
+    kernels_run = [
+        plan.kernel.fn.__name__.strip("_").removesuffix("_kernel") for plan in plans.values()
+    ][direction == "backward" :]
+    tokens = f"N={num_keys}" if num_queries == num_keys else f"M={num_queries} N={num_keys}"
+    shifts = {offset: head_offsets.count(offset) for offset in head_offsets if offset}
+    moved = ",".join(f"{offset:+}x{count}" for offset, count in shifts.items())
+    name = f"stdha {'+'.join(kernels_run)} D={width} {tokens} {ELEMENTS[dtype]}"
+    name += f" H={heads}" + f" offsets {moved}" * bool(moved)
+
+    def trial(generator: torch.Generator) -> proof.Trial:
+        scale = width**-0.5
+        q, kv, grad = (proof.draw(generator, x.shape, dtype) for x in (query, key_value, query))
+        out, dq, dkv = bounds.attention(q, kv, grad, head_offsets, scale)
+        outputs = [torch.empty_like(x) for x in (q, q, kv)]
+
+        def run(out: Tensor, *gradients: Tensor) -> None:
+            lse = out.new_full((*frames, heads, num_queries), float("nan"), dtype=torch.float32)
+            _run_forward(q, kv, head_offsets, scale, out, lse)
+            if gradients:
+                _run_backward(grad, q, kv, out, lse, head_offsets, scale, *gradients)
+
+        if direction == "forward":
+            return proof.Trial(outputs[:1], run, [out])
+        return proof.Trial(outputs, run, [out, dq, dkv])
+
+    return proof.Configuration(name, settings, trial)
 
 
 def plan_forward(query: Tensor, key_value: Tensor, head_offsets: Sequence[int], arch: int) -> Plan:
@@ -198,14 +283,6 @@ def segments(num_keys: int) -> tuple[tuple[int, int], ...]:
     return tuple((sum(sizes[:i]), size) for i, size in enumerate(sizes))
 
 
-def arch(device: torch.device) -> int:
-    """The entry of LAUNCH for `device`; the interpreter takes that of Hopper."""
-    if device.type != "cuda":
-        return 90
-    major = torch.cuda.get_device_capability(device)[0]
-    return {9: 90, 10: 100}.get(major, 80)
-
-
 def _resident(query: Tensor) -> bool:
     return query.shape[-1] == 64 and query.dtype in HALF
 
@@ -230,8 +307,7 @@ def _launch(plan: Plan, query: Tensor, arguments: tuple) -> None:
         tiles = triton.cdiv(num_queries, plan.launch.block_m)
         grid += (min(tiles, triton.cdiv(_wanted_programs(query.device), heads)),)
     options = dict(num_warps=plan.launch.warps, num_stages=plan.launch.stages)
-    # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
+    with on_device(query):
         plan.kernel[grid](*arguments, **plan.constants, **options)
 
 
@@ -259,8 +335,32 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 def _strides(x: Tensor) -> tuple[int, int, int, int]:
-    """Of clip, frame, token and head."""
-    return (*x.stride()[:3], x.stride(-2))
+    """Of clip, frame, token and head; 0 along one element, so that all are multiples of 16."""
+    strides = [stride if size > 1 else 0 for stride, size in zip(x.stride(), x.shape, strict=True)]
+    return (*strides[:3], strides[-2])
+
+
+def shipped(device: torch.device) -> Iterator[proof.Configuration]:
+    """What `proof.prove_shipped` proves of attention."""
+    for num_queries, num_keys, width, dtype, offsets in _shapes():
+        for direction in ("forward", "backward"):
+            shape = (num_queries, num_keys, width)
+            yield configuration(direction, device, dtype, *shape, offsets)
+
+
+def _shapes() -> list[tuple[int, int, int, torch.dtype, tuple[int, ...]]]:
+    """Queries, keys, width and dtype of a head, and offsets, that stand for all that is used."""
+    heads = {768: (-1, 1) + (0,) * 10, 1024: (-1, -1, 1, 1, -2, -2) + (0,) * 10}
+    tokens = {50: 768, 101: 768, 197: 768, 257: 1024}  # of a frame, and the model's width
+    shapes = [(n, n, 64, dtype, heads[width]) for n, width in tokens.items() for dtype in HALF]
+    shapes += [(n, n, 64, torch.bfloat16, heads[768]) for n in (5, 16, 17, 33, 64, 65, 145)]
+    shapes += [(1, n, 64, torch.bfloat16, heads[width]) for n, width in (tokens | {5: 768}).items()]
+    shapes += [(5, 5, width, dtype, heads[768]) for width in (32, 128) for dtype in HALF]
+    shapes += [(1, 577, 64, torch.bfloat16, heads[1024]), (197, 197, 64, torch.float32, heads[768])]
+    shapes += [
+        (577, 577, width, dtype, heads[1024]) for width in TRITON_WIDTHS for dtype in TRITON_DTYPES
+    ]
+    return shapes
 
 
 def compile_cases(arch: int) -> Iterator[dict]:
@@ -269,18 +369,7 @@ def compile_cases(arch: int) -> Iterator[dict]:
     Each is a dict of `name`, `kernel`, `types` (of each argument that is no constant, by name),
     `constants`, `options` and `tensor_cores` (whether its products should run on them).
     """
-    heads = {768: (-1, 1) + (0,) * 10, 1024: (-1, -1, 1, 1, -2, -2) + (0,) * 10}
-    tokens = {50: 768, 101: 768, 197: 768, 257: 1024}  # of a frame, and the model's width
-    shapes = [(n, n, 64, dtype, heads[width]) for n, width in tokens.items() for dtype in HALF]
-    shapes += [(n, n, 64, torch.bfloat16, heads[768]) for n in (5, 16, 17, 33, 64, 65, 145)]
-    shapes += [(1, n, 64, torch.bfloat16, heads[width]) for n, width in (tokens | {5: 768}).items()]
-    shapes += [(1, 577, 64, torch.bfloat16, heads[1024]), (197, 197, 64, torch.float32, heads[768])]
-    shapes += [
-        (577, 577, width, dtype, heads[1024])
-        for width in TRITON_WIDTHS
-        for dtype in (*HALF, torch.float32)
-    ]
-    for num_queries, num_keys, width, dtype, offsets in shapes:
+    for num_queries, num_keys, width, dtype, offsets in _shapes():
         frames = (1, 8)
         query = torch.empty(*frames, num_queries, len(offsets), width, dtype=dtype, device="meta")
         key_value = query.new_empty(*frames, num_keys, 2, len(offsets), width)

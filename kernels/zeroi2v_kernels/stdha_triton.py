@@ -71,7 +71,7 @@ def _scores(query, key, first, N: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.c
     return scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _forward_resident_kernel(
     q_ptr, kv_ptr, out_ptr, lse_ptr,
     stride_qb, stride_qt, stride_qn, stride_qh,
@@ -126,7 +126,7 @@ def _forward_resident_kernel(
         tl.store(lse_ptr + rows, peak + tl.log2(total), mask=rows < M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _forward_streamed_kernel(
     q_ptr, kv_ptr, out_ptr, lse_ptr,
     stride_qb, stride_qt, stride_qn, stride_qh,
@@ -191,7 +191,7 @@ def _readers(frame, head, T, HEAD_OFFSETS: tl.constexpr):
     return tl.where(shifted, frame - offset, frame), shifted.to(tl.int32) + edge.to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _backward_fused_kernel(
     q_ptr, kv_ptr, out_ptr, lse_ptr, grad_ptr, dq_ptr, dkv_ptr,
     stride_qb, stride_qt, stride_qn, stride_qh,
@@ -265,7 +265,7 @@ def _backward_fused_kernel(
         tl.store(last_ptr + stride_dkv, dlast_value.to(dkv_ptr.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _backward_query_kernel(
     q_ptr, kv_ptr, out_ptr, lse_ptr, grad_ptr, dq_ptr, delta_ptr,
     stride_qb, stride_qt, stride_qn, stride_qh,
@@ -318,7 +318,7 @@ def _backward_query_kernel(
     _store(dq_ptr, start, stride_dqn, dquery * scale, M, BLOCK_M, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _backward_key_value_kernel(
     q_ptr, kv_ptr, lse_ptr, delta_ptr, grad_ptr, dkv_ptr,
     stride_qb, stride_qt, stride_qn, stride_qh,

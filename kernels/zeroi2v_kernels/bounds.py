@@ -1,0 +1,205 @@
+"""What each kernel should give, in float64, and how far rounding may take it from that.
+
+Inputs are exact, so an error comes from three places, to first order and element by element:
+
+    sums of n terms in float32 err by at most n 2^-24 times the sum of |terms|;
+    what is rounded to a narrow dtype between two products errs by u = eps / 2 of itself, or of
+    the smallest normal number, and what it is multiplied with carries that on;
+    a result errs by u of itself when it is stored.
+
+`_MARGIN` times that is the limit, for terms of second order and fast exponentials. A tile that is
+missing, masked wrongly or read from another place is off by far more: see the tests of `proof.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Bounded = tuple[Tensor, Tensor]
+"""A true value and the largest error allowed, element by element, both float64."""
+
+_U32 = 2.0**-24
+_MARGIN = 2.0
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Largest error of rounding x to `dtype`."""
+    info = torch.finfo(dtype)
+    return info.eps / 2 * (x.abs() + info.smallest_normal)
+
+
+def _stored(truth: Tensor, error: Tensor, dtype: torch.dtype) -> Bounded:
+    return truth, _MARGIN * (error + _rounded(truth, dtype))
+
+
+def attention(
+    query: Tensor,
+    key_value: Tensor,
+    grad: Tensor,
+    head_offsets: Sequence[int],
+    scale: float,
+) -> tuple[Bounded, Bounded, Bounded]:
+    """Of the output `[B, T, M, H, D]` and the gradients of query and key_value.
+
+    Arguments as in `stdha_launch.backward`. Written head by head, to need little memory.
+    """
+    dtype, frames = query.dtype, query.shape[1]
+    q, kv, g = (x.double() for x in (query, key_value, grad))
+    steps = 2 * max(q.shape[2], kv.shape[2]) + q.shape[-1] + 16  # the longest sum: two readers
+    out, dq, dkv = (torch.zeros_like(x) for x in (q, q, kv))
+    out_error, dq_error, dkv_error = (torch.zeros_like(x) for x in (q, q, kv))
+    for h, offset in enumerate(head_offsets):
+        here = torch.arange(frames, device=q.device)
+        source = torch.where((here + offset >= 0) & (here + offset < frames), here + offset, here)
+        k, v = kv[:, source, :, 0, h], kv[:, source, :, 1, h]
+        qh, gh = q[:, :, :, h], g[:, :, :, h]
+        p = (scale * qh @ k.mT).softmax(-1)
+        # an exponential's relative error is its argument's error
+        relative = _U32 * steps * (1 + scale * (qh.abs() @ k.abs().mT).amax())
+        p_error = _rounded(p, dtype) + relative * p
+        out[:, :, :, h] = o = p @ v
+        out_error[:, :, :, h] = p_error @ v.abs()
+        o_error = out_error[:, :, :, h] + _rounded(o, dtype)
+        delta = (o * gh).sum(-1, keepdim=True)
+        delta_error = (o_error * gh.abs()).sum(-1, keepdim=True)
+        dp, dp_sum = gh @ v.mT, gh.abs() @ v.abs().mT
+        ds = p * (dp - delta)
+        ds_error = relative * ds.abs() + p * (delta_error + _U32 * steps * dp_sum)
+        ds_error += _rounded(ds, dtype)
+        dq[:, :, :, h] = scale * ds @ k
+        dq_error[:, :, :, h] = scale * ds_error @ k.abs()
+        for part, value, error in (
+            (0, scale * ds.mT @ qh, scale * ds_error.mT @ qh.abs()),
+            (1, p.mT @ gh, p_error.mT @ gh.abs()),
+        ):
+            dkv[:, :, :, part, h].index_add_(1, source, value)
+            dkv_error[:, :, :, part, h].index_add_(1, source, error)
+    return (
+        _stored(out, out_error, dtype),
+        _stored(dq, dq_error, dtype),
+        _stored(dkv, dkv_error, dtype),
+    )
+
+
+def bottleneck(
+    x: Tensor,
+    first: Tensor,
+    second: Tensor,
+    biases: tuple[Tensor, Tensor] | None,
+    scale: float,
+    mask: Tensor | None,
+    residual: Tensor | None,
+) -> tuple[Bounded, Bounded]:
+    """Of out and middle; arguments as in `adapter_linear_triton.fused_bottleneck`, and the mask."""
+    dtype, out_dtype = x.dtype, (x if residual is None else residual).dtype
+    wide = x.double()
+    # forward D [R, C] and U [C, R], backward U [C, R] and D [R, C]
+    down, up = (first.double().t(), second.double().t()) if biases else (first, second)
+    down, up = down.double(), up.double()  # [C, R] and [R, C]
+    mid, mid_sum = wide @ down, wide.abs() @ down.abs()
+    if biases:
+        mid, mid_sum = mid + biases[0].double(), mid_sum + biases[0].double().abs()
+    else:
+        mid, mid_sum = scale * mid, scale * mid_sum
+    if mask is not None:
+        mid, mid_sum = mid * mask, mid_sum * mask
+    mid_error = _U32 * (x.shape[1] + 4) * mid_sum
+    factor = scale if biases else 1.0
+    branch, branch_sum = mid @ up, mid.abs() @ up.abs()
+    if biases:
+        branch, branch_sum = branch + biases[1].double(), branch_sum + biases[1].double().abs()
+    out, out_sum = wide + factor * branch, wide.abs() + factor * branch_sum
+    if residual is not None:
+        out, out_sum = out + residual.double(), out_sum + residual.double().abs()
+    error = factor * (mid_error + _rounded(mid, dtype)) @ up.abs()
+    error += _U32 * (mid.shape[1] + 4) * out_sum
+    return _stored(out, error, out_dtype), _stored(mid, mid_error, dtype)
+
+
+def scaled(x: Tensor, factor: Tensor) -> Bounded:
+    """Of `x * factor`, in the dtype of x."""
+    out = x.double() * factor
+    return _stored(out, 2 * _U32 * out.abs(), x.dtype)
+
+
+def activation(
+    x: Tensor, bias: Tensor | None, kind: str, grad: Tensor | None = None
+) -> Bounded:  # fmt: skip
+    """Of `act(x + bias)`, or of the gradient of x for that of it."""
+    u = x.double() if bias is None else x.double() + bias.double()
+    if kind == "quick_gelu":
+        s = torch.sigmoid(1.702 * u)
+        value, slope = u * s, s * (1 + 1.702 * u * (1 - s))
+    else:
+        s = 0.5 + 0.5 * torch.erf(u * 0.5**0.5)
+        value, slope = u * s, s + u * torch.exp(-0.5 * u * u) * (2 * torch.pi) ** -0.5
+    error = 16 * _U32 * (1 + u * u)  # of functions whose argument u is rounded
+    if grad is None:
+        return _stored(value, error, x.dtype)
+    return _stored(grad.double() * slope, grad.double().abs() * error, x.dtype)
+
+
+def norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> list[Bounded]:
+    """Of normed and, for a residual, total; then of mean and 1 / deviation."""
+    total = x.double() if residual is None else x.double() + residual.double()
+    moved = torch.zeros_like(total)
+    if residual is not None:  # a sum next to a half may be rounded to the other side
+        moved = 2 * _rounded(total, residual.dtype)
+        total = total.to(residual.dtype).double()
+    steps, size = (total.shape[-1] + 8) * _U32, total.abs()
+    mean = total.mean(-1, keepdim=True)
+    centred = total - mean
+    rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    mean_error = moved.mean(-1, keepdim=True) + steps * size.mean(-1, keepdim=True)
+    centred_error = moved + mean_error + _U32 * size
+    relative = (centred.abs() * centred_error).mean(-1, keepdim=True) * rstd.square() + steps
+    w, b = weight.double(), bias.double()
+    normed = centred * rstd * w + b
+    error = w.abs() * rstd * (centred_error + relative * centred.abs()) + 4 * _U32 * b.abs()
+    sums = [] if residual is None else [(total, _MARGIN * moved)]
+    statistics = [(mean, mean_error), (rstd, relative * rstd)]
+    return [
+        _stored(normed, error, dtype),
+        *sums,
+        *(_stored(t.squeeze(-1), e.squeeze(-1), torch.float32) for t, e in statistics),
+    ]
+
+
+def norm_gradient(
+    grad: Tensor,
+    total_grad: Tensor | None,
+    total: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+) -> tuple[Bounded, Bounded, Bounded]:
+    """Of the gradients of the sum, of the weight and of the bias."""
+    g, r = grad.double(), rstd.double()[..., None]
+    y = (total.double() - mean.double()[..., None]) * r
+    y_error = 4 * _U32 * (total.double().abs() + mean.double()[..., None].abs()) * r
+    scaled = g * weight.double()
+    along = (scaled * y).mean(-1, keepdim=True)
+    along_sum = (scaled * y).abs().mean(-1, keepdim=True)
+    along_error = (scaled.abs() * y_error).mean(-1, keepdim=True)
+    out = r * (scaled - scaled.mean(-1, keepdim=True) - y * along)
+    terms = scaled.abs() + scaled.abs().mean(-1, keepdim=True) + y.abs() * along_sum
+    error = r * (y_error * along_sum + y.abs() * along_error)
+    error += r * _U32 * (g.shape[-1] + 8) * terms
+    if total_grad is not None:
+        out = out + total_grad.double()
+        error += _U32 * total_grad.double().abs()
+    rows = g.flatten(0, -2).shape[0] + 8
+    sums = ((g * y, g.abs() * y_error + rows * _U32 * (g * y).abs()), (g, rows * _U32 * g.abs()))
+    return _stored(out, error, total.dtype), *(
+        _stored(t.flatten(0, -2).sum(0), e.flatten(0, -2).sum(0), torch.float32) for t, e in sums
+    )

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -20,12 +21,16 @@ from av.video.reformatter import VideoReformatter
 from videos import write_numbered
 
 from zeroi2v.data.decode import DecodeError, read_frames
-from zeroi2v.data.gop import DALI_CPU, NVDEC, Cut, Cutter
+from zeroi2v.data.gop import DALI_CPU, Cut, Cutter
 from zeroi2v.data.manifest import inspect_video
+from zeroi2v.data.nvdec import Capability
 
 COUNT = int(os.environ.get("ZEROI2V_FUZZ", "320"))
 TIMEOUT = 5.0
-CUTTERS = (DALI_CPU, Cutter(codecs=NVDEC.codecs))
+HARDWARE = tuple(
+    Capability(codec, "4:2:0", 8, 4096, 4096) for codec in ("h264", "hevc", "av1", "vp9")
+)
+CUTTERS = (DALI_CPU, replace(DALI_CPU, capabilities=HARDWARE))
 
 MADE = {
     "b.mp4": ("libx264", {"g": "8", "bf": "2"}),

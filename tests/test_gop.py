@@ -16,11 +16,16 @@ from videos import numbered_frame, read_number, write_numbered, write_video
 from zeroi2v.data import decode
 from zeroi2v.data.annotations import Sample
 from zeroi2v.data.decode import read_frames
-from zeroi2v.data.gop import DALI_CPU, NVDEC, Cut, Cutter
+from zeroi2v.data.gop import DALI_CPU, Cut, nvdec
+from zeroi2v.data.nvdec import Capability
 from zeroi2v.data.pipeline import ClipLoader
 from zeroi2v.data.sampling import dense_indices, uniform_indices
 
-ALL = Cutter(codecs=NVDEC.codecs | DALI_CPU.codecs)
+CODECS = ("h264", "hevc", "av1", "vp9", "mjpeg")
+ALL = dataclasses.replace(
+    DALI_CPU, capabilities=tuple(Capability(codec, "4:2:0", 8, 4096, 4096) for codec in CODECS)
+)
+NVDEC = nvdec(ALL.capabilities)
 VP9 = {"g": "12", "deadline": "realtime", "cpu-used": "8"}
 
 
@@ -103,14 +108,25 @@ def test_what_a_hardware_decoder_might_get_wrong_is_left_to_pyav(clips, file):
     assert np.array_equal(frames, read_frames(clips / file, np.arange))
 
 
+def only_h264(**changes):
+    """A decoder of 8-bit 4:2:0 H.264, but for `changes`."""
+    h264 = Capability("h264", "4:2:0", 8, 4096, 4096)._replace(**changes)
+    return dataclasses.replace(ALL, capabilities=(h264,))
+
+
 def test_limits_of_size_and_codec_and_a_wrong_count_leave_a_video_to_pyav(tmp_path):
     path = write_numbered(tmp_path / "v.mp4", 20)
     for cutter, count, is_cut in (
         (ALL, None, True),
         (ALL, 20, True),
         (ALL, 19, False),
-        (dataclasses.replace(ALL, min_side=97), None, False),
-        (dataclasses.replace(ALL, max_side=127), None, False),
+        (only_h264(min_height=97), None, False),
+        (only_h264(min_height=96), None, True),
+        (only_h264(max_width=127), None, False),
+        (only_h264(max_macroblocks=47), None, False),
+        (only_h264(max_macroblocks=48), None, True),
+        (only_h264(bits=10), None, False),
+        (only_h264(chroma="4:4:4"), None, False),
         (DALI_CPU, None, False),
     ):
         got = read_frames(path, lambda n: np.array([0, 5]), None, None, 60, count, cutter)

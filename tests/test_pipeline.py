@@ -26,6 +26,7 @@ from zeroi2v.data import frame_cache, pipeline, source
 from zeroi2v.data.annotations import Sample
 from zeroi2v.data.decode import DecodeError, read_frames
 from zeroi2v.data.graph import clip_graph
+from zeroi2v.data.nvdec import Capability
 from zeroi2v.data.pipeline import AugmentConfig, ClipLoader, check_bad_files
 from zeroi2v.data.sampling import dense_indices, uniform_indices
 from zeroi2v.data.source import ClipSource
@@ -767,8 +768,12 @@ def test_memory_stays_flat_over_2000_clips(samples):
 
 @pytest.mark.parametrize("mixing", [{}, dict(mixup=0.8)])
 @pytest.mark.parametrize("decoder", ["pyav", "dali"])
-def test_no_node_of_the_graph_for_a_gpu_is_made_again_to_be_moved_there(samples, decoder, mixing):
+def test_no_node_of_the_graph_for_a_gpu_is_made_again_to_be_moved_there(
+    samples, decoder, mixing, monkeypatch
+):
     """DALI merges equal nodes, and loses one that is moved to the GPU as well."""
+    h264 = Capability("h264", "4:2:0", 8, 4096, 4096)
+    monkeypatch.setattr("zeroi2v.data.pipeline.capabilities", lambda device: (h264,))
     augment = AugmentConfig(erasing=0.25, **mixing)
     loader = ClipLoader(
         samples, config(), batch_size=2, augment=augment, device="cuda:0", decoder=decoder

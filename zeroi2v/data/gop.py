@@ -5,8 +5,9 @@ wanted frame. So a worker copies the packets that the wanted frames need, from t
 each, into a small MP4 in memory, without decoding them, and says which frames of that to take.
 
 Only what is sure to give the same frames there is cut: codecs and sizes that the decoder has, 8-bit
-4:2:0, closed groups of pictures, no rotation and no interlaced fields. The first picture is decoded
-as a check, for headers tell neither rotation nor the true size. Everything else is PyAV's.
+4:2:0, colours that are known to come out right or can be put right (`colours.py`), closed groups of
+pictures, no rotation and no interlaced fields. The first picture is decoded as a check, for headers
+tell neither rotation nor the true size. Everything else is PyAV's.
 """
 
 from __future__ import annotations
@@ -18,7 +19,17 @@ from fractions import Fraction
 import av
 import numpy as np
 
+from zeroi2v.data.colours import (
+    BT709,
+    MATRIX_TAGS,
+    UNTAGGED,
+    Matrix,
+    correction,
+    matrix_of,
+    tags,
+)
 from zeroi2v.data.decode import Index, Limit, Surprise, packets_between, stretches
+from zeroi2v.data.nvdec import Capability
 
 _FORMATS = ("yuv420p", "yuvj420p")
 _TICK = Fraction(1, 25)
@@ -36,18 +47,19 @@ class Cut:
     """Height of a frame, in pixels."""
     width: int
     """Width of a frame, in pixels."""
+    colours: np.ndarray
+    """What its RGB is to be multiplied with once it has been decoded, float32 [3, 3]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cutter:
     """Which videos a decoder takes; called, it makes the `Cut` of one."""
 
-    codecs: frozenset[str]
-    """FFmpeg's names of the codecs."""
-    min_side: int = 1
-    """Smallest height and width, in pixels."""
-    max_side: int = 4096
-    """Largest height and width, in pixels."""
+    capabilities: tuple[Capability, ...]
+    """The streams that it decodes."""
+    matrices: dict[tuple[int, bool], Matrix]
+    """By which matrix it makes RGB of a stream with that matrix's tag and full range or not; of
+    other streams it is not known."""
 
     def __call__(
         self, container, stream, index: Index, wanted: np.ndarray, limit: Limit
@@ -59,9 +71,11 @@ class Cutter:
         """
         codec = stream.codec_context
         sides = codec.height, codec.width
-        if codec.codec.canonical_name not in self.codecs or codec.pix_fmt not in _FORMATS:
+        kind = codec.codec.canonical_name, "4:2:0", 8, codec.width, codec.height
+        if codec.pix_fmt not in _FORMATS or not any(c.takes(*kind) for c in self.capabilities):
             return None
-        if min(sides) < self.min_side or max(sides) > self.max_side:
+        made_by, tagged = self.matrices.get(tags(codec)), matrix_of(tags(codec)[0])
+        if made_by is None or tagged is None:
             return None
         packets = [index.shown[i] for i in wanted.ravel().tolist()]
         needed = stretches(index, sorted(set(packets)))
@@ -80,15 +94,32 @@ class Cutter:
             raise Surprise
         place = {stamp: i for i, stamp in enumerate(stamps)}
         frames = np.array([place[index.pts[packet]] for packet in packets], np.int32)
-        return Cut(_remux(stream, kept, place), frames, *sides)
+        return Cut(_remux(stream, kept, place), frames, *sides, correction(made_by, tagged))
 
 
-# What NVDEC decodes (AV1 since Ampere), and its smallest sizes. Not MPEG-4, which it could: packets
-# of its AVI files are not frames, so that only decoding the whole file tells which frame is which.
-# Nor VP8, whose packets may hold hidden frames.
-NVDEC = Cutter(codecs=frozenset({"h264", "hevc", "av1", "vp9"}), min_side=144)
-# Without a GPU DALI decodes by FFmpeg, of which it carries only these (and VP8).
-DALI_CPU = Cutter(codecs=frozenset({"vp9", "mjpeg"}))
+# Not MPEG-4, which NVDEC could: packets of its AVI files are not frames, so that only decoding the
+# whole file tells which frame is which. Nor VP8, whose packets may hold hidden frames.
+_NVDEC_CODECS = ("h264", "hevc", "av1", "vp9")
+
+
+def nvdec(capabilities: tuple[Capability, ...]) -> Cutter:
+    """What DALI leaves to the hardware of a GPU that has these (`nvdec.capabilities`).
+
+    DALI 2.4 makes RGB of untagged video by BT.709 (seen on an H200), and so, whether it heeds tags
+    or not, of video tagged so. What it makes of other tags, and of full range, has not been seen.
+    """
+    return Cutter(
+        capabilities=tuple(c for c in capabilities if c.codec in _NVDEC_CODECS),
+        matrices={(matrix, False): "bt709" for matrix in (BT709, UNTAGGED)},
+    )
+
+
+# Without a GPU DALI decodes by FFmpeg, of which it carries only these (and VP8). It heeds the range
+# and no matrix (DALI 2.4, all of them tried).
+DALI_CPU = Cutter(
+    capabilities=tuple(Capability(codec, "4:2:0", 8, 4096, 4096) for codec in ("vp9", "mjpeg")),
+    matrices={(tag, full): "bt601" for tag in MATRIX_TAGS for full in (False, True)},
+)
 
 
 def _has_leading_frames(index: Index, key: int, last: int) -> bool:
@@ -120,6 +151,7 @@ def _is_plain(codec, key: av.Packet) -> bool:
         and not frame.rotation
         and not frame.interlaced_frame
         and not frame.is_corrupt
+        and (frame.colorspace, frame.color_range) == (codec.colorspace, codec.color_range)
     )
 
 

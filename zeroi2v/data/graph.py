@@ -21,7 +21,7 @@ def clip_graph(source: ClipSource, plan: ClipPlan, gpu: bool, parallel: bool):
     config, augment = plan.config, plan.augment
     dtypes = [types.UINT8, types.INT32, types.UINT8]
     if plan.cutter is not None:
-        dtypes += [types.BOOL, types.UINT8, types.INT32, types.INT32]
+        dtypes += [types.BOOL, types.UINT8, types.INT32, types.FLOAT, types.INT32]
     if augment:
         dtypes += [types.INT32]
         dtypes += [types.FLOAT] * bool(augment.rand_augment_ops)
@@ -42,9 +42,9 @@ def clip_graph(source: ClipSource, plan: ClipPlan, gpu: bool, parallel: bool):
     if gpu:
         frames = frames.gpu()
     if plan.cutter is not None:
-        (is_cut, data, picks, box), draws = draws[:4], draws[4:]
+        (is_cut, data, picks, colours, box), draws = draws[:5], draws[5:]
         if is_cut:  # noqa: SIM108, for DALI splits the batch at a statement
-            frames = _decode(data, picks, box, gpu)
+            frames = _decode(data, picks, colours, box, gpu)
         else:
             frames = _identity(frames)
     size = fn.cast(geometry[0], dtype=types.FLOAT)
@@ -75,12 +75,13 @@ def clip_graph(source: ClipSource, plan: ClipPlan, gpu: bool, parallel: bool):
     return tuple(outputs)
 
 
-def _decode(data, picks, box, gpu: bool):
-    """The frames `picks` of the video file `data`, and of them the rectangle `box`."""
+def _decode(data, picks, colours, box, gpu: bool):
+    """The rectangle `box` of the frames `picks` of the video file `data`, in right colours."""
     # By default what lies past the end is black, and all processes' threads share the first cores.
     device = "mixed" if gpu else "cpu"
     frames = fn.decoders.video(data, frames=picks, device=device, pad_mode="edge", affine=False)
-    return fn.slice(frames, box[0], box[1], axis_names="HW")
+    frames = fn.slice(frames, box[0], box[1], axis_names="HW")
+    return fn.coord_transform(frames, M=colours, dtype=types.UINT8)
 
 
 def _rand_augment(frames, op, gpu: bool):

@@ -21,9 +21,10 @@ import torch
 from zeroi2v.config import ModelConfig
 from zeroi2v.data.annotations import Sample
 from zeroi2v.data.augment import AugmentConfig
-from zeroi2v.data.gop import DALI_CPU, NVDEC
+from zeroi2v.data.gop import DALI_CPU, nvdec
 from zeroi2v.data.graph import clip_graph
 from zeroi2v.data.mixing import mix
+from zeroi2v.data.nvdec import capabilities
 from zeroi2v.data.rescue import find_fatal_files, without_main_program
 from zeroi2v.data.source import ClipPlan, ClipSource
 
@@ -115,7 +116,15 @@ class ClipLoader:
             raise ValueError(f"decoder must be one of {', '.join(DECODERS)}: got {decoder!r}")
         self.device = torch.device("cuda" if device == "gpu" else device)
         on_gpu = self.device.type == "cuda"
-        leave = decoder == "dali" or (decoder == "auto" and on_gpu)
+        cutter = None
+        if cache is None and (decoder == "dali" or (decoder == "auto" and on_gpu)):
+            cutter = nvdec(capabilities(self.device)) if on_gpu else DALI_CPU
+            if decoder == "dali" and not cutter.capabilities:
+                raise ValueError(
+                    f"decoder 'dali' needs a GPU that decodes video: {self.device} does not, or "
+                    "its driver's libnvcuvid is missing (a container needs "
+                    "NVIDIA_DRIVER_CAPABILITIES=compute,utility,video)"
+                )
         self.plan = ClipPlan(
             samples=list(samples),
             config=config,
@@ -129,7 +138,7 @@ class ClipLoader:
             accumulation=accumulation,
             timeout=timeout,
             cache=cache,
-            cutter=(NVDEC if on_gpu else DALI_CPU) if leave and cache is None else None,
+            cutter=cutter,
             cut_unknown=decoder == "dali",
         )
         if self.plan.steps == 0:
@@ -157,6 +166,10 @@ class ClipLoader:
         """Who decodes, in words."""
         if self.plan.cutter is None:
             return "PyAV"
+        if not self.plan.cutter.capabilities:
+            return (
+                f"PyAV, for {self.device} decodes no video, or its driver's libnvcuvid is missing"
+            )
         known = sum(sample.frames is not None for sample in self.plan.samples)
         if self.plan.cut_unknown:
             which = "what it can"

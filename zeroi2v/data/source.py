@@ -90,9 +90,9 @@ class ClipSource:
 
     DALI's epoch 0 is training epoch `epoch` from micro-batch `start` on; those after it are whole.
     Returns (report uint8 [n], geometry int32 [1 + crops, 2], frames uint8 [F, H, W, 3]); if there
-    is a cutter, (is_cut bool [], data uint8 [bytes], picks int32 [F], box int32 [2, 2]), which are
-    used in the place of `frames` if is_cut; with augmentation, mirror int32 [], and, as far as it
-    asks for them, the results of `draw_ops` and `draw_erasing`. `report` is JSON: index, label,
+    is a cutter, (is_cut bool [], data uint8 [bytes], picks int32 [F], colours float32 [3, 3], box
+    int32 [2, 2]), used in the place of `frames` if is_cut; with augmentation, mirror int32 [], and,
+    as far as it asks for them, the results of `draw_ops` and `draw_erasing`. `report` is JSON: index, label,
     is_cut, bad (name of a sample -> reason). `geometry` holds the size to resize to and the corner
     (top, left) of each crop, `box` the corner and size of what is used of each frame.
     """
@@ -210,8 +210,9 @@ class ClipSource:
             crop = clip[:, top : top + height, left : left + width]
             outputs.append(np.ascontiguousarray(crop))
         if self.plan.cutter is not None:
-            nothing = np.zeros(1, np.uint8), np.zeros(1, np.int32)
-            outputs += [np.array(is_cut), *((clip.data, clip.frames) if is_cut else nothing)]
+            nothing = np.zeros(1, np.uint8), np.zeros(1, np.int32), np.eye(3, dtype=np.float32)
+            cut = (clip.data, clip.frames, clip.colours) if is_cut else nothing
+            outputs += [np.array(is_cut), *cut]
             outputs.append(np.array([(top, left), (height, width)], np.int32))
         return (*outputs, *draws)
 

@@ -92,9 +92,9 @@ class ClipSource:
     Returns (report uint8 [n], geometry int32 [1 + crops, 2], frames uint8 [F, H, W, 3]); if there
     is a cutter, (is_cut bool [], data uint8 [bytes], picks int32 [F], colours float32 [3, 3], box
     int32 [2, 2]), used in the place of `frames` if is_cut; with augmentation, mirror int32 [], and,
-    as far as it asks for them, the results of `draw_ops` and `draw_erasing`. `report` is JSON: index, label,
-    is_cut, bad (name of a sample -> reason). `geometry` holds the size to resize to and the corner
-    (top, left) of each crop, `box` the corner and size of what is used of each frame.
+    as far as it asks for them, the results of `draw_ops` and `draw_erasing`. `report` is JSON:
+    index, label, is_cut, bad (name of a sample -> reason). `geometry` holds the size to resize to
+    and the corner (top, left) of each crop, `box` the corner and size of what is used of a frame.
     """
 
     def __init__(self, plan: ClipPlan, epoch: int, start: int):

@@ -56,10 +56,6 @@ def pytest_addoption(parser):
     group.addoption("--results", type=Path, default=RESULTS, help="folder of the figures")
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "rest: a bench that is timed with --all alone")
-
-
 def pytest_collection_modifyitems(config, items):
     """Leaves out what is not timed, and puts data last: DALI's threads would end a capture."""
     items.sort(key=lambda item: item.path.name == "bench_data.py")

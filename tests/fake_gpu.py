@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-_TO = Tensor.to
+_TO, _CONTIGUOUS = Tensor.to, torch.contiguous_format
 
 
 @contextmanager
@@ -22,6 +22,7 @@ def fake_gpu(monkeypatch, number: float = 0.0):
         patch.setattr(Tensor, "item", lambda self: number)
         patch.setattr(Tensor, "__bool__", lambda self: True)
         patch.setattr(Tensor, "to", _to)
+        patch.setattr(Tensor, "contiguous", lambda self: self.clone(memory_format=_CONTIGUOUS))
         patch.setattr(Tensor, "__getitem__", _get)
         patch.setattr(Tensor, "__setitem__", lambda self, at, value: None)
         patch.setattr(nn.Module, "_apply", _apply)

@@ -168,6 +168,32 @@ def test_rounds_fill_the_budget_within_bounds(monkeypatch):
     assert rounds(0.0078125, budget=8, rounds=5, exact=True) == 5
 
 
+def test_a_gpu_does_not_wait_for_long_rounds(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+
+    def rounds(seconds: float, **wanted) -> int:
+        monkeypatch.setattr(measure, "seconds_of", lambda *_: now.__setitem__(0, now[0] + seconds))
+        return len(measure.interleave({"a": None}, "cuda", budget=4, **wanted)["a"])
+
+    assert rounds(2) == 5  # the fewest, though they take more than the budget
+    assert rounds(10) == 2 and rounds(1000) == 1
+    assert rounds(10, rounds=5, exact=True) == 5
+
+
+def test_cases_that_tell_little_new_are_timed_only_on_request(tmp_path):
+    (tmp_path / "bench_rest.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('case', ['told', pytest.param('more', marks=pytest.mark.rest)])\n"
+        "def bench_one(case):\n    pass\n"
+    )
+    ran = {}
+    for options in ((), ("--benchmark",), ("--benchmark", "--all")):
+        output, _ = run_bench(tmp_path, 0, *options, "-k", "bench_one", "-v")
+        ran[options] = re.findall(r"bench_one\[(\w+)\]", output)
+    assert list(ran.values()) == [["told", "more"], ["told"], ["told", "more"]]
+
+
 def test_peak_memory_counts_what_is_held_at_once():
     def run():
         a = torch.ones(1000)

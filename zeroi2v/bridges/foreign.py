@@ -7,7 +7,7 @@ the model. Nothing is guessed: what a format does not say goes into `missing`, a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,6 +85,85 @@ def describe(tensors: dict[str, Tensor], where: str) -> dict[str, Any]:
     }
 
 
+def read_keys(
+    config: dict[str, Any],
+    where: str,
+    handled: dict[str, Any],
+    fixed: dict[str, tuple] | None = None,
+    harmless: Iterable[str] = (),
+) -> dict[str, Any]:
+    """The `handled` settings of a foreign config; every other key must be known not to matter.
+
+    The rule of all bridges: a key is read, or may have only the values that a VideoViT computes,
+    or is listed as harmless (it changes nothing but training, text, labels or book-keeping). Any
+    other key is refused, since a setting that nobody has looked at may make another model.
+
+    Args:
+        config: the settings as the foreign library wrote them.
+        where: file and section, for messages.
+        handled: keys that the caller reads, each with the library's value where it is left out.
+        fixed: keys that change the result, each with the values that are supported.
+        harmless: keys that do not change what the tower computes in inference.
+
+    Raises ValueError that names the key, its value and what is supported.
+    """
+    if not isinstance(config, dict):
+        raise ValueError(f"{where} must be a mapping: got {config!r}")
+    fixed = fixed or {}
+    for key, value in config.items():
+        if key in handled or key in harmless:
+            continue
+        if key not in fixed:
+            raise ValueError(
+                f"{where}: {key} = {value!r} is not known, and may change the result; known are "
+                f"{', '.join(sorted({*handled, *fixed}))}"
+            )
+        if value not in fixed[key]:
+            raise ValueError(
+                f"{where}: {key} = {value!r} is not supported: it must be "
+                f"{' or '.join(map(repr, fixed[key]))}"
+            )
+    return {key: config.get(key, default) for key, default in handled.items()}
+
+
+def check_weights(told: dict[str, Any], known: dict[str, Any], where: str) -> None:
+    """Raises ValueError where a config (by its own keys) and the weights disagree.
+
+    Sizes may be numbers or pairs of equal numbers. `mlp_ratio` counts as whole channels.
+    """
+    for key, value in told.items():
+        same = [known[key]] * len(value) if isinstance(value, list | tuple) else known[key]
+        if key == "mlp_ratio" and isinstance(value, int | float):
+            width = known["width"]
+            value, same = int(width * value), round(width * known[key])
+        if list(value) != same if isinstance(value, tuple) else value != same:
+            raise ValueError(
+                f"{where}: its config says {key} {told[key]}, its weights {known[key]}"
+            )
+
+
+def take_pixels(foreign: Foreign, pixels: dict[str, Any]) -> None:
+    """Takes mean and std over, and tells the rest of a foreign preprocessing, which is not."""
+    for name in ("mean", "std"):
+        if (value := pixels.pop(name, None)) is not None:
+            foreign.known[f"preprocess.{name}"] = [255 * number for number in value]
+    if rest := ", ".join(f"{key} {value}" for key, value in pixels.items() if value is not None):
+        foreign.notes.append(f"preprocessing for images, not taken over: {rest}")
+
+
+def fill_biases(foreign: Foreign) -> None:
+    """Gives linear layers of the blocks that have no bias one of zeros: the same result."""
+    tensors, filled = foreign.tensors, set()
+    for i in range(foreign.known["depth"]):
+        for part in ("attn.in_proj_", "attn.out_proj.", "mlp.c_fc.", "mlp.c_proj."):
+            name = f"{BLOCK.format(i)}{part}"
+            if f"{name}weight" in tensors and f"{name}bias" not in tensors:
+                tensors[f"{name}bias"] = torch.zeros(len(tensors[f"{name}weight"]))
+                filled.add(part.rstrip("_."))
+    for part in sorted(filled):
+        foreign.notes.append(f"{part} has no bias: zeros")
+
+
 def assume_heads(foreign: Foreign) -> None:
     """Settles `num_heads`, which no tensor shows, by the convention of 64 channels, or asks."""
     width = foreign.known["width"]
@@ -105,13 +184,19 @@ def fold_layer_scale(tensors: dict[str, Tensor], gamma: str, weight: str, bias: 
 
 
 def fold_norm_epsilon(tensors: dict[str, Tensor], depth: int, epsilon: float) -> None:
-    """Makes norms with our epsilon compute what they did with `epsilon`; for towers without ln_pre.
+    """Makes norms with our epsilon compute what they did with `epsilon`.
 
     norm(x; e) = norm(s x; s^2 e), so all that is added to the residual stream is multiplied by
-    s = sqrt(ours / epsilon): the embeddings and every block's two projections.
+    s = sqrt(ours / epsilon): the embeddings, the norm before the blocks if there is one, and every
+    block's two projections. Raises ValueError if `epsilon` is not positive.
     """
+    if not isinstance(epsilon, float) or not 0 < epsilon < 1:
+        raise ValueError(f"epsilon of layer norms must be in (0, 1): got {epsilon!r}")
+    if epsilon == NORM_EPSILON:
+        return
     scale = (NORM_EPSILON / epsilon) ** 0.5
     names = ["conv1.weight", "class_embedding", "positional_embedding"]
+    names += [name for name in ("ln_pre.weight", "ln_pre.bias") if name in tensors]
     for block in (BLOCK.format(i) for i in range(depth)):
         names += [f"{block}{p}.{k}" for p in ("attn.out_proj", "mlp.c_proj") for k in _BOTH]
     for name in names:

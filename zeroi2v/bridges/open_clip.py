@@ -6,13 +6,45 @@ MetaCLIP's use QuickGELU, those of LAION and DataComp GELU.
 
 from __future__ import annotations
 
-from zeroi2v.bridges.foreign import BLOCK, Foreign, assume_heads, describe, fold_layer_scale
+from typing import Any
+
+from zeroi2v.bridges.foreign import (
+    BLOCK,
+    NORM_EPSILON,
+    Foreign,
+    assume_heads,
+    check_weights,
+    describe,
+    fold_layer_scale,
+    fold_norm_epsilon,
+    read_keys,
+    take_pixels,
+)
 from zeroi2v.bridges.reader import Source
 
-# Settings of a vision tower that change nothing here, and values that others must have.
-_HARMLESS = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"}
-_HARMLESS |= {"patch_dropout", "output_tokens", "ls_init_value", "timm_drop", "timm_drop_path"}
-_REQUIRED = {"pool_type": "tok", "pos_embed_type": "learnable", "act_kwargs": None}
+_TOP = """embed_dim text_cfg multimodal_cfg custom_text init_logit_scale init_logit_bias
+nonscalar_logit_scale output_dict cast_dtype""".split()  # text, loss and precision
+
+# `vision_cfg`, with open_clip's values for what is left out.
+_SIZES = {"layers": 12, "width": 768, "patch_size": 16, "image_size": 224, "mlp_ratio": 4.0}
+_HANDLED = {**_SIZES, "head_width": 64, "norm_kwargs": None, "ls_init_value": None}
+_FIXED: dict[str, tuple] = {
+    "pool_type": ("tok",),
+    "pos_embed_type": ("learnable",),
+    "attentional_pool": (False,),
+    "no_ln_pre": (False,),
+    "final_ln_after_pool": (False,),
+    "act_kwargs": (None, {}),
+    "block_type": (None, "default"),
+    "timm_model_name": (None, ""),
+}
+_FIXED |= dict.fromkeys(
+    "qk_norm scaled_cosine_attn scale_heads scale_attn_inner scale_attn scale_fc".split(), (False,)
+)
+# Training, more outputs, and settings of a pooler or a timm tower that is not there.
+_HARMLESS = """patch_dropout output_tokens attn_pooler_queries attn_pooler_heads
+timm_model_pretrained timm_pool timm_proj timm_proj_bias timm_drop timm_drop_path""".split()
+_PIXELS = dict.fromkeys(("mean", "std", "size", "interpolation", "resize_mode", "fill_color"))
 
 
 def convert(source: Source) -> Foreign | None:
@@ -50,31 +82,32 @@ def convert(source: Source) -> Foreign | None:
         assume_heads(foreign)
         foreign.missing["activation"] = "gelu for LAION and DataComp, quick_gelu for OpenAI and DFN"
     else:
-        _read_config(foreign, config, source)
+        _read_config(foreign, config, source, any(folded))
     return foreign
 
 
-def _read_config(foreign: Foreign, config: dict, source: Source) -> None:
-    model = config.get("model_cfg", config)
-    vision = model.get("vision_cfg", {})
-    for key, value in vision.items():
-        allowed = key in _HARMLESS or value in (False, None, _REQUIRED.get(key))
-        if not allowed:
-            raise ValueError(f"{source.path}: vision_cfg.{key} = {value!r} is not supported")
-    for key, name in (("layers", "depth"), ("width", "width"), ("patch_size", "patch_size")):
-        if vision.get(key, foreign.known[name]) != foreign.known[name]:
-            raise ValueError(
-                f"{source.path}: its config says {key} {vision[key]}, "
-                f"its weights {foreign.known[name]}"
-            )
-    if vision.get("image_size", foreign.known["image_size"]) != foreign.known["image_size"]:
+def _read_config(foreign: Foreign, config: dict[str, Any], source: Source, scaled: bool) -> None:
+    where, known = f"{source.path.parent / 'open_clip_config.json'}", foreign.known
+    whole = {"model_cfg": {}, "preprocess_cfg": {}}
+    told = (
+        read_keys(config, where, whole) if "model_cfg" in config else whole | {"model_cfg": config}
+    )
+    handled = {"vision_cfg": {}, "quick_gelu": False}
+    model = read_keys(told["model_cfg"], where, handled, harmless=_TOP)
+    place = f"{where}, vision_cfg"
+    vision = read_keys(model["vision_cfg"], place, _HANDLED, _FIXED, _HARMLESS)
+    sizes = {{"layers": "depth"}.get(key, key): vision[key] for key in _SIZES}
+    check_weights(sizes, known, where)
+    if (vision["ls_init_value"] is not None) != scaled:
         raise ValueError(
-            f"{source.path}: its config says image_size {vision['image_size']}, its positional "
-            f"embedding is for {foreign.known['image_size']}"
+            f"{place}: ls_init_value = {vision['ls_init_value']!r}, but its weights "
+            f"{'have' if scaled else 'lack'} LayerScale"
         )
-    foreign.known["num_heads"] = foreign.known["width"] // vision.get("head_width", 64)
-    foreign.known["activation"] = "quick_gelu" if model.get("quick_gelu") else "gelu"
-    pixels = config.get("preprocess_cfg", {})
-    for name in ("mean", "std"):
-        if name in pixels:
-            foreign.known[f"preprocess.{name}"] = [255 * value for value in pixels[name]]
+    norms = read_keys(vision["norm_kwargs"] or {}, f"{place}.norm_kwargs", {"eps": NORM_EPSILON})
+    fold_norm_epsilon(foreign.tensors, known["depth"], norms["eps"])
+    known["num_heads"] = known["width"] // vision["head_width"]
+    known["activation"] = "quick_gelu" if model["quick_gelu"] else "gelu"
+    pixels = read_keys(
+        told["preprocess_cfg"], f"{where}, preprocess_cfg", _PIXELS, {"mode": ("RGB",)}
+    )
+    take_pixels(foreign, pixels)

@@ -27,7 +27,12 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "open_clip_pytorch_model.bin",
 )
-CONFIG_FILES = ("config.json", "open_clip_config.json", "preprocessor_config.json")
+CONFIG_FILES = (
+    "config.json",
+    "open_clip_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
 
 # What MMEngine puts beside the weights: history buffers, and NumPy's arrays and numbers in them.
 # Python pickles the buffers' functions as getattr(class, name). Others keep their command line.

@@ -11,7 +11,16 @@ from typing import Any
 
 import torch
 
-from zeroi2v.bridges.foreign import BLOCK, Foreign, assume_heads, describe
+from zeroi2v.bridges.foreign import (
+    BLOCK,
+    Foreign,
+    assume_heads,
+    check_weights,
+    describe,
+    fold_norm_epsilon,
+    read_keys,
+    take_pixels,
+)
 from zeroi2v.bridges.reader import Source
 
 _STEM = {
@@ -31,6 +40,53 @@ _PARTS = {
     "mlp.fc2": "mlp.c_proj",
 }
 _BLOCK_NAME = re.compile(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
+
+
+# `vision_config`; values that transformers leaves out of the file are those of ViT-B/32.
+_SIZES = {
+    "hidden_size": ("width", 768),
+    "num_hidden_layers": ("depth", 12),
+    "patch_size": ("patch_size", 32),
+    "image_size": ("image_size", 224),
+}
+_HANDLED = {key: default for key, (_, default) in _SIZES.items()}
+_HANDLED |= {"intermediate_size": 3072, "num_attention_heads": 12}
+_HANDLED |= {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+_FIXED: dict[str, tuple] = {
+    "num_channels": (3,),
+    "model_type": ("clip", "clip_vision_model"),
+    "pruned_heads": ({}, None),
+}
+# Of the text tower, the loss, training, or of every config: how to load, to return, to generate.
+_HARMLESS = """attention_dropout dropout initializer_range initializer_factor projection_dim
+text_config text_config_dict logit_scale_init_value architectures auto_map dtype torch_dtype
+transformers_version attn_implementation _attn_implementation _attn_implementation_autoset
+_name_or_path _commit_hash _diffusers_version add_cross_attention bad_words_ids
+begin_suppress_tokens bos_token_id chunk_size_feed_forward cross_attention_hidden_size
+decoder_start_token_id diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
+forced_eos_token_id id2label is_decoder is_encoder_decoder label2id length_penalty max_length
+min_length no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences
+output_attentions output_hidden_states output_scores pad_token_id prefix problem_type
+remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
+suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
+tie_word_embeddings tokenizer_class top_k top_p torchscript typical_p use_bfloat16
+use_return_dict""".split()
+
+# preprocessor_config.json
+_PIXELS = dict.fromkeys(
+    """image_mean image_std size crop_size resample do_resize do_center_crop
+    default_to_square""".split()
+)
+_FIXED_PIXELS: dict[str, tuple] = {
+    "do_normalize": (True, None),
+    "do_rescale": (True, None),
+    "rescale_factor": (1 / 255, None),
+    "do_pad": (False, None),
+}
+_HARMLESS_PIXELS = """image_processor_type feature_extractor_type processor_class do_convert_rgb
+_valid_processor_keys data_format input_data_format return_tensors device disable_grouping
+image_seq_length pad_size""".split()
 
 
 def convert(source: Source) -> Foreign | None:
@@ -91,29 +147,34 @@ def _rename(theirs: dict[str, torch.Tensor], source: Source) -> dict[str, torch.
 
 
 def _read_config(foreign: Foreign, config: dict[str, Any], source: Source) -> None:
-    vision = config.get("vision_config", config)
-    # Values that transformers leaves out of the file are those of ViT-B/32.
-    told = {
-        "width": vision.get("hidden_size", 768),
-        "depth": vision.get("num_hidden_layers", 12),
-        "patch_size": vision.get("patch_size", 32),
-        "image_size": vision.get("image_size", 224),
-    }
-    for name, value in told.items():
-        if value != foreign.known[name]:
-            raise ValueError(
-                f"{source.path}: its config says {name} {value}, its weights {foreign.known[name]}"
-            )
-    if vision.get("layer_norm_eps", 1e-5) != 1e-5:
+    where, known = str(source.path.parent / "config.json"), foreign.known
+    if "vision_config" in config:
+        sections = {"vision_config": {}, "vision_config_dict": None}
+        told = read_keys(config, where, sections, _FIXED, _HARMLESS)
+        config, legacy = told["vision_config"], told["vision_config_dict"]
+        where += ", vision_config"
+    else:
+        legacy = None
+    vision = read_keys(config, where, _HANDLED, _FIXED, _HARMLESS)
+    if legacy and read_keys(legacy, f"{where}_dict", _HANDLED, _FIXED, _HARMLESS) != vision:
+        raise ValueError(f"{where}_dict = {legacy} must say the same as vision_config")
+    known_sizes = {ours: vision[theirs] for theirs, (ours, _) in _SIZES.items()}
+    ratio = vision["intermediate_size"] / vision["hidden_size"]
+    check_weights(known_sizes, known, where)
+    if ratio != known["mlp_ratio"]:
         raise ValueError(
-            f"{source.path}: layer_norm_eps must be 1e-05: got {vision['layer_norm_eps']}"
+            f"{where}: intermediate_size = {vision['intermediate_size']}, its weights have "
+            f"{round(known['mlp_ratio'] * known['width'])}"
         )
-    activation = vision.get("hidden_act", "quick_gelu")
+    activation = vision["hidden_act"]
     if activation not in ("quick_gelu", "gelu"):
-        raise ValueError(f"{source.path}: hidden_act must be quick_gelu or gelu: got {activation}")
-    foreign.known["activation"] = activation
-    foreign.known["num_heads"] = vision.get("num_attention_heads", 12)
-    pixels = source.configs.get("preprocessor_config.json", {})
-    for theirs, name in (("image_mean", "mean"), ("image_std", "std")):
-        if theirs in pixels:
-            foreign.known[f"preprocess.{name}"] = [255 * value for value in pixels[theirs]]
+        raise ValueError(f"{where}: hidden_act must be quick_gelu or gelu: got {activation}")
+    fold_norm_epsilon(foreign.tensors, known["depth"], vision["layer_norm_eps"])
+    known["activation"], known["num_heads"] = activation, vision["num_attention_heads"]
+    pixels = source.configs.get("preprocessor_config.json")
+    if pixels is None:
+        pixels = source.configs.get("processor_config.json", {}).get("image_processor", {})
+    where = f"{source.path.parent}, preprocessing"
+    pixels = read_keys(pixels, where, _PIXELS, _FIXED_PIXELS, _HARMLESS_PIXELS)
+    pixels["mean"], pixels["std"] = pixels.pop("image_mean"), pixels.pop("image_std")
+    take_pixels(foreign, pixels)

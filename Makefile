@@ -6,7 +6,7 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check
 BENCH_THREADS := $(or $(OMP_NUM_THREADS),$(shell nproc))
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: all demo test bench bench-compare check clean
+.PHONY: all demo test bench bench-compare check-gpu check clean
 all: .venv/installed
 
 .venv/installed: setup.py constraints.txt
@@ -34,6 +34,11 @@ bench:
 # How many times the time of BASE each bench takes now: make bench-compare BASE=HEAD~1 BENCH='-k stdha'
 bench-compare:
 	@$(BENCH_PYTHON) -m bench.compare_commits $(or $(BASE),$(error set BASE, a commit)) $(BENCH)
+
+# What only a CUDA GPU can show, in about 6 minutes; with .venv or PYTHON, as `bench`.
+# CHECK holds its options: make check-gpu CHECK='--only kernels data'
+check-gpu:
+	@$(BENCH_PYTHON) -m bench.check_gpu $(CHECK)
 
 check: .venv/installed
 	.venv/bin/ruff check .

@@ -203,7 +203,9 @@ def bench_pixels_by_codec(codec, tmp_path, store, device):
     """How far DALI's colours are from PyAV's, on 0..255; the frames must be the same ones."""
     path = encode(tmp_path / codec, codec, 50, frames=100)
     loaders = [loader_of(path, decoder, 4, device) for decoder in ("pyav", "dali")]
-    if loaders[1].plan.cutter is None or codec not in loaders[1].plan.cutter.codecs:
+    if loaders[1].plan.cutter is None or not any(
+        capability.codec == codec for capability in loaders[1].plan.cutter.capabilities
+    ):
         pytest.skip(f"DALI on the {device} leaves {codec} to PyAV")
     theirs, mine = (next(iter(loader.epoch())).video.cpu() for loader in loaders)
     assert loaders[1].decoded_by == {"dali": 4}, loaders[1].bad_files

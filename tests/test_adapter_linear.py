@@ -133,11 +133,11 @@ def test_dropout_depends_on_seed_and_place_alone(monkeypatch, kernels):
     ]
     assert torch.equal(draws[0], draws[1])
     for other in draws[2:]:
-        agreement = (draws[0] == other).double().mean()
+        agreement = (draws[0] == other).double().mean().item()
         assert agreement == pytest.approx(0.75**2 + 0.25**2, abs=0.02)
     for mask in draws:
         assert mask.unique().tolist() == [0.0, pytest.approx(1 / 0.75)]
-        assert mask.mean() == pytest.approx(1, abs=0.02)
+        assert mask.mean().item() == pytest.approx(1, abs=0.02)
         assert mask.mean(0).max() < 1.15 and mask.mean(1).max() <= 1 / 0.75  # no stripes
 
 

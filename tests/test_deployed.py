@@ -117,22 +117,24 @@ def test_folder_gives_every_video_in_it_and_names_the_bad_one(place, capsys):
     names = ["a.mp4", "bad.mp4", "c with space.avi", "deep/b.mkv"]
     assert list(lines) == [str(place / "videos" / name) for name in names]
     assert "error" in lines[str(place / "videos" / "bad.mp4")]
-    assert captured.err == "error: 1 of 4 files can't be decoded: see above\n"
+    notes = f"no videos, left out: {place}/videos/notes.txt\n"
+    assert captured.err == notes + "error: 1 of 4 files can't be decoded: see above\n"
     (place / "empty").mkdir()
     assert run(place / "merged", place / "empty") == 1
     assert "folder must hold video files" in capsys.readouterr().err
 
 
 def test_list_gives_its_files_with_or_without_labels(place, tmp_path, capsys):
-    (tmp_path / "list.txt").write_text("# two\na.mp4 3\n\nc with space.avi\n")
     words = ["--list", tmp_path / "list.txt", "--root", place / "videos", "--json"]
-    assert run(place / "merged", *words) == 0
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     names = ("a.mp4", "c with space.avi")
-    assert [line["path"] for line in lines] == [str(place / "videos" / name) for name in names]
+    for text in ("# two\na.mp4 3\n\nc with space.avi 0\n", "# two\na.mp4\n\nc with space.avi\n"):
+        (tmp_path / "list.txt").write_text(text)
+        assert run(place / "merged", *words) == 0
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [line["path"] for line in lines] == [str(place / "videos" / name) for name in names]
     (tmp_path / "list.txt").write_text("# none\n")
     assert run(place / "merged", *words) == 1
-    assert "list must name video files" in capsys.readouterr().err
+    assert "must name at least one video: got none" in capsys.readouterr().err
 
 
 def test_csv_gives_its_column_of_paths_and_no_parts(place, tmp_path, capsys):
@@ -144,7 +146,7 @@ def test_csv_gives_its_column_of_paths_and_no_parts(place, tmp_path, capsys):
     assert [line["path"] for line in lines] == [str(place / "videos" / name) for name in names]
     (tmp_path / "list.csv").write_text("path,label,start,end\na.mp4,3,0,0.5\n")
     assert run(place / "merged", *words) == 1
-    assert "list must name whole videos" in capsys.readouterr().err
+    assert "list.csv must name whole videos" in capsys.readouterr().err
 
 
 def test_folder_of_images_is_a_video(place, tmp_path, capsys):

@@ -153,7 +153,7 @@ def test_every_command_that_is_proposed_works_as_it_stands(finished, capsys):
 
 def test_many_classes_are_shown_by_their_best_and_worst_and_all_in_a_fold(finished, tmp_path):
     config = yaml.safe_load((finished / "config.yaml").read_text())
-    config["model"]["num_classes"], config["data"]["labels"] = 60, None
+    config["model"]["num_classes"], config["model"]["labels"] = 60, []
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     (tmp_path / "log.jsonl").write_text((finished / "log.jsonl").read_text())
     confusion = [[0] * 60 for _ in range(60)]

@@ -1,0 +1,246 @@
+"""What only a GPU can show, in small: run by `make check-gpu`, one test a process.
+
+Without a GPU the same tests run on the CPU, and leave out, by name, the parts that need CUDA.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from models import build, small_config
+from training import assert_same_run, command, environment, finish, make_data
+from training import weights as weights_of
+from videos import write_numbered
+
+from train.log import read_log
+from zeroi2v import cli, evaluate, export, merge, predict, reparam
+from zeroi2v.attention import set_backend
+from zeroi2v.checkpoint import load
+from zeroi2v.config import ModelConfig
+from zeroi2v.data.annotations import Sample
+from zeroi2v.data.augment import KINDS, AugmentConfig
+from zeroi2v.data.pipeline import ClipLoader
+from zeroi2v.data.source import ClipSource
+
+HAS_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if HAS_GPU else "cpu"
+
+
+def left_out(*parts: str) -> None:
+    """Says which parts need a GPU that is not there."""
+    if not HAS_GPU:
+        print("left out, for they need CUDA:", ", ".join(parts))
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    return ((one - other).float().norm() / other.float().norm()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_model_eager_graph_compiled_and_merged_agree(dtype):
+    changes = dict(num_frames=4, width=12 * 64, depth=2, image_size=64)
+    config = small_config("vit_b16_k400_8x16", **{k: v for k, v in changes.items() if k != "width"})
+    config = ModelConfig.from_dict(config.to_dict() | changes)
+    adapted = build(config)
+    merged = merge(adapted)
+    model = merged.to(DEVICE, dtype)
+    video = torch.randn(2, 3, 4, 64, 64, device=DEVICE).to(dtype)
+    limit = 1e-4 if dtype == torch.float32 else 0.03
+    with torch.inference_mode():
+        eager = model(video)
+        assert torch.equal(eager, model(video)), "two runs differ"
+        ways = {"adapted": adapted.to(DEVICE, dtype)(video)}
+        for backend in ("triton", "sdpa") if HAS_GPU else ("sdpa",):
+            set_backend(model, backend)
+            ways[backend] = model(video)
+        set_backend(model, None)
+        if HAS_GPU:
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream):
+                model(video)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = model(video)
+            graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(captured, eager), "the graph's bits differ"
+            ways["compiled"] = torch.compile(model)(video)
+    left_out("CUDA graph", "torch.compile", "backend triton")
+    errors = {name: apart(output, eager) for name, output in ways.items()}
+    print({name: f"{error:.1e}" for name, error in errors.items()})
+    assert all(error < limit for error in errors.values()), errors
+
+
+def video_config() -> ModelConfig:
+    return ModelConfig.from_dict(
+        dict(image_size=64, patch_size=16, num_frames=4, num_classes=4,
+             preprocess=dict(sampling="uniform", val_short_side=64))
+    )  # fmt: skip
+
+
+def test_data_is_augmented_as_on_the_cpu(tmp_path):
+    """Every kind of RandAugment, erasing and mixing: the same draws on both devices."""
+    samples = [Sample(write_numbered(tmp_path / f"{i}.mp4", 12), i % 4) for i in range(16)]
+    seen: set[str] = set()
+    worst = 0.0
+    for number, mixing in enumerate(({}, {"mixup": 0.8}, {"cutmix": 1.0})):
+        augment = AugmentConfig(rand_augment_ops=4, erasing=0.5, **mixing)
+        loaders = [
+            ClipLoader(samples, video_config(), batch_size=8, augment=augment, seed=number,
+                       device=device, decoder="pyav")
+            for device in ("cpu", DEVICE)
+        ]  # fmt: skip
+        source = ClipSource(loaders[0].plan, 0, 0)
+        for i in range(16):
+            info = type("Info", (), dict(epoch_idx=0, iteration=i // 8, idx_in_batch=i % 8))
+            seen |= {KINDS[int(row[0])] for row in source(info)[4]}
+        for one, other in zip(*(loader.epoch() for loader in loaders), strict=True):
+            assert torch.equal(one.index, other.index)
+            assert torch.allclose(one.target.float(), other.target.cpu().float())
+            for a, b in zip(one.video, other.video.cpu(), strict=True):
+                worst = max(worst, (a - b).abs().mean().item())
+    print(f"{len(seen)} kinds of {len(KINDS)}; clips differ by {worst:.4f} deviations at most")
+    assert worst < 0.05 and seen == set(KINDS)
+    left_out("DALI's graph on a GPU")
+
+
+def test_data_of_ten_files_is_the_same_by_both_decoders(tmp_path):
+    made = [("libx264", "mp4", {"g": "12", "bf": "2"}), ("libx265", "mp4", {}),
+            ("libvpx-vp9", "webm", {"g": "12", "deadline": "realtime", "cpu-used": "8"}),
+            ("libsvtav1", "mkv", {"g": "12", "preset": "12"}), ("mjpeg", "avi", {})]  # fmt: skip
+    made[1][2]["x265-params"] = "keyint=12:open-gop=0:log-level=none"
+    samples = []
+    for size in ((144, 176), (240, 320)):
+        for codec, suffix, options in made:
+            path = tmp_path / f"{codec}_{size[0]}.{suffix}"
+            samples.append(Sample(write_numbered(path, 24, codec, size=size, **options), 0))
+    batches, by = {}, {}
+    for decoder in ("pyav", "dali"):
+        loader = ClipLoader(
+            samples, video_config(), batch_size=5, mode="val", device=DEVICE, decoder=decoder
+        )
+        batches[decoder] = torch.cat([batch.video.cpu() for batch in loader.epoch()])
+        by[decoder] = dict(loader.decoded_by)
+        assert not loader.bad_files
+    levels = (batches["pyav"] - batches["dali"]).abs().flatten(1).mean(1) * 68
+    print(f"{by['dali']}; levels apart: {[round(x, 2) for x in levels.tolist()]}")
+    assert by["dali"].get("dali", 0) >= (6 if HAS_GPU else 4)
+    assert levels.max() < 2
+    left_out("NVDEC")
+
+
+RUNS = {  # overrides, whether they need CUDA
+    "fp32 stage 0": (["optim.zero_stage=0"], False),
+    "bf16 stage 1": (["optim.precision=bf16"], False),
+    "bf16 stage 2": (["optim.precision=bf16", "optim.zero_stage=2"], True),
+    "bf16 stage 3": (["optim.precision=bf16", "optim.zero_stage=3"], True),
+    "fp16 stage 1": (["optim.precision=fp16"], True),
+    "fp32 stage 2, offload": (["optim.zero_stage=2", "optim.offload=true"], True),
+    "bf16 stage 1, lean": (["optim.precision=bf16", "optim.memory=lean"], True),
+    "bf16 stage 1, recompute": (["optim.precision=bf16", "optim.memory=recompute"], True),
+}
+
+
+def test_train_in_every_precision_and_stage(tmp_path):
+    data = make_data(tmp_path)
+    todo = {name: words for name, (words, needs_gpu) in RUNS.items() if HAS_GPU or not needs_gpu}
+    left_out(*(name for name in RUNS if name not in todo))
+
+    def go(name: str) -> str:
+        folder = tmp_path / name.replace(" ", "_").replace(",", "")
+        words = ["optim.epochs=1", "run.max_steps=3", *todo[name]]
+        done = finish([sys.executable, *command(data, folder, *words)], env=environment())
+        assert json.loads(done.stdout.strip().splitlines()[-1])["steps"] == 3
+        losses = [line["loss"] for line in read_log(folder) if "loss" in line]
+        assert len(losses) == 3 and np.isfinite(losses).all(), (name, losses)
+        assert all(w.isfinite().all() for w in weights_of(folder).values())
+        return f"{name}: loss {losses[-1]:.3f}"
+
+    with ThreadPoolExecutor(4 if HAS_GPU else 1) as pool:
+        for line in pool.map(go, todo):
+            print(line)
+
+
+def test_train_killed_and_resumed_ends_in_the_same_bits(tmp_path):
+    data = make_data(tmp_path)
+    words = ["optim.precision=bf16", "run.save_every=1"] if HAS_GPU else ["run.save_every=1"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    finish([sys.executable, *command(data, whole, *words)], env=environment())
+    process = subprocess.Popen(
+        [sys.executable, *command(data, broken, *words)], env=environment(),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (broken / "state" / "latest").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert process.poll() is None, "it ended before it could be killed"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    finish([sys.executable, *command(data, broken, *words, "run.resume=auto")], env=environment())
+    assert_same_run(whole, broken)
+    print("killed after its first save; the same bits")
+
+
+def test_artefacts_give_the_same_top5(tmp_path, capsys):
+    adapted, merged = tmp_path / "adapted", tmp_path / "merged"
+    build(small_config(num_frames=4, labels=tuple(map(str, range(11))))).save_pretrained(adapted)
+    for i in range(4):
+        write_numbered(tmp_path / f"{i}.mp4", 9 + 3 * i)
+    (tmp_path / "list.txt").write_text("".join(f"{i}.mp4 {i}\n" for i in range(4)))
+
+    def verb(module, *words) -> None:
+        assert cli.run(module.main, list(map(str, words))) == 0, capsys.readouterr().err
+
+    verb(reparam, adapted, "--out", merged)
+    verb(export, merged, "--format", "onnx", "--out", tmp_path / "x.onnx")
+    verb(export, merged, "--format", "torch-export", "--out", tmp_path / "x.pt2")
+    top, accuracy = {}, {}
+    for model in (adapted, merged, tmp_path / "x.onnx", tmp_path / "x.pt2"):
+        out = tmp_path / f"{model.name}.jsonl"
+        verb(predict, model, "--list", tmp_path / "list.txt", "--root", tmp_path, "--out", out)
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        rows = [row for row in rows if "topk" in row]
+        top[model.name] = [[entry["index"] for entry in row["topk"]] for row in rows]
+        out = tmp_path / f"{model.name}.json"
+        verb(evaluate, model, "--list", tmp_path / "list.txt", "--root", tmp_path, "--out", out)
+        accuracy[model.name] = json.loads(out.read_text())["top1"]
+    with capsys.disabled():
+        print(f"{len(top)} artefacts on {DEVICE}, top-1 {accuracy['merged']:.0f} %")
+    assert len(top["adapted"]) == 4
+    assert all(rows == top["adapted"] for rows in top.values()), top
+    assert len(set(accuracy.values())) == 1
+    assert load(merged).config.adapter is None
+
+
+def test_flash_attention_agrees():
+    from zeroi2v_kernels.stdha import stdha, stdha_reference
+    from zeroi2v_kernels.stdha_flash import flash_attention
+
+    if not HAS_GPU:
+        pytest.skip("backend flash needs CUDA")
+    try:
+        flash_attention(torch.device("cuda"))
+    except ValueError as error:
+        pytest.skip(str(error))
+    offsets = (-1, 1) + (0,) * 10
+    for tokens in (50, 197, 257):
+        qkv = torch.randn(2, 8, tokens, 3, 12, 64, device="cuda", dtype=torch.bfloat16)
+        qkv.requires_grad_()
+        out = stdha(qkv, offsets, backend="flash")
+        (gradient,) = torch.autograd.grad(out, qkv, torch.ones_like(out))
+        wide = qkv.detach().double().requires_grad_()
+        expected = stdha_reference(wide, offsets)
+        (truth,) = torch.autograd.grad(expected, wide, torch.ones_like(expected))
+        errors = apart(out, expected), apart(gradient, truth)
+        print(f"N={tokens}: out {errors[0]:.1e}, gradient {errors[1]:.1e}")
+        assert max(errors) < 0.02

@@ -1,0 +1,138 @@
+"""`make check-gpu`: each step ends in a line, whatever it does, and results outlive a kill."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from bench import check_gpu
+from bench.check_gpu import STEPS, Step, check, main
+
+PASSES = "print('3 passed in 0.1s')"
+
+
+def step(name: str, code: str, limit: float = 30, **more) -> Step:
+    return Step(name, ("-c", code), limit, dry=True, **more)
+
+
+def test_every_way_to_end_has_its_line_and_the_next_step_goes_on(tmp_path):
+    steps = (
+        step("passes", PASSES),
+        step("fails", "print('test_x: 0.3 > 0.1'); print('1 failed, 2 passed in 0.1s'); exit(1)"),
+        step("hangs", "import time; print('begun', flush=True); time.sleep(600)", limit=1),
+        step("crashes", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"),
+        step("does nothing", "pass"),
+        step("finds nothing", "print('no tests ran in 0.01s'); exit(5)"),
+        step("skips", "print('SKIPPED [1] x.py:1: no such package'); print('1 skipped in 0.1s')"),
+        step("lacks", PASSES, needs=("no_such_package", "no.such.part")),
+        step("passes again", PASSES),
+    )
+    begun = time.monotonic()
+    outcomes = {o.name: (o.status, o.said) for o in check(steps, tmp_path, 60)}
+    assert time.monotonic() - begun < 30
+    assert outcomes == {
+        "passes": ("passed", "3 passed in 0.1s"),
+        "fails": ("failed", "1 failed, 2 passed in 0.1s"),
+        "hangs": ("failed", "took longer than its limit of 1 s"),
+        "crashes": ("failed", "was killed by SIGSEGV"),
+        "does nothing": ("failed", "ended with status 0 without a word"),
+        "finds nothing": ("failed", "no tests ran in 0.01s"),
+        "skips": ("skipped", "no such package"),
+        "lacks": ("skipped", "not installed: no_such_package, no.such.part"),
+        "passes again": ("passed", "3 passed in 0.1s"),
+    }
+    report = json.loads((tmp_path / "check_gpu.json").read_text())
+    assert [s["name"] for s in report["steps"]] == [s.name for s in steps]
+    assert report["commit"] and "0.3 > 0.1" in str(report["steps"][1]["lines"])
+    assert "begun" in (tmp_path / "check_hangs.log").read_text()
+
+
+def test_children_of_a_step_end_with_it(tmp_path):
+    code = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(600)"
+    )
+    (outcome,) = check((step("parent", code, limit=2),), tmp_path, 60)
+    child = outcome.lines[0]
+    for _ in range(100):
+        with open(f"/proc/{child}/stat") if _alive(child) else open("/dev/null") as file:
+            if file.read().split(") ")[-1][:1] in ("", "Z"):
+                return
+        time.sleep(0.05)
+    raise AssertionError("its child lives on")
+
+
+def _alive(pid: str) -> bool:
+    return subprocess.run(["kill", "-0", pid], capture_output=True).returncode == 0
+
+
+def test_results_are_there_after_each_step_and_no_step_begins_too_late(tmp_path):
+    steps = (step("first", "import time; time.sleep(1); " + PASSES), step("second", PASSES))
+    outcomes = check(steps, tmp_path, 0.5)
+    next(outcomes)
+    report = json.loads((tmp_path / "check_gpu.json").read_text())
+    assert [s["status"] for s in report["steps"]] == ["passed"]  # a kill here would lose nothing
+    late = next(outcomes)
+    assert (late.status, late.said) == ("skipped", "no time left of 0.00833333 minutes")
+
+
+def test_steps_are_in_the_order_of_their_worth():
+    names = [s.name for s in STEPS]
+    assert names[:6] == ["doctor", "kernels", "model", "training block", "data", "training"]
+    figures = [s.figures for s in STEPS]
+    assert figures == sorted(figures) and sum(figures) == 5
+    assert names[-5:] == [
+        "zero cost L/14", "zero cost B/16", "training step", "attention", "decoding",
+    ]  # fmt: skip
+
+
+COLLECT = """
+import json, sys, pytest
+for name, words in json.loads(sys.argv[1]):
+    status = pytest.main(["--collect-only", "-q", *words])
+    print("STATUS", int(status), name)
+"""
+
+
+@pytest.mark.timeout(300)
+def test_every_selection_of_tests_finds_some():
+    """A word that no test has would make a step fail where the time is dear."""
+    selections = [
+        (chosen.name, [word for word in chosen.command[2:] if word not in ("-q", "-rA")])
+        for chosen in (*STEPS, *check_gpu.SANITIZER)
+        if chosen.command[1] == "pytest"
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", COLLECT, json.dumps(selections)],
+        cwd=check_gpu.ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    found = [line for line in done.stdout.splitlines() if line.startswith("STATUS")]
+    assert found == [f"STATUS 0 {name}" for name, _ in selections], done.stdout + done.stderr
+
+
+@pytest.mark.timeout(300)
+def test_dry_form_goes_through_all_steps(tmp_path, capsys):
+    status = main(["--dry", "--out", str(tmp_path)])
+    out = capsys.readouterr().out
+    report = json.loads((tmp_path / "check_gpu.json").read_text())
+    statuses = {s["name"]: s["status"] for s in report["steps"]}
+    assert list(statuses) == [s.name for s in STEPS]
+    ran = {name for name, state in statuses.items() if state == "passed"}
+    assert status == 0 and ran == {"doctor", "model", "data"}, out
+    assert {s["said"] for s in report["steps"] if s["status"] == "skipped"} == {"needs CUDA"}
+    assert "left out, for they need CUDA: CUDA graph" in str(report)
+    assert out.splitlines()[-1].startswith("3 passed, 0 failed, 12 skipped: ")
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as error:
+        main(["--only", "doctor"])
+    assert error.value.code == 2 and "a CUDA device is needed" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--dry", "--only", "nothing"])
+    assert "--only must name steps: got nothing" in capsys.readouterr().err

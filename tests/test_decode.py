@@ -112,7 +112,9 @@ def test_start_and_end_keep_the_frames_shown_from_start_to_before_end(tmp_path, 
     ):
         frames = read_frames(path, every, start, end)
         assert [read_number(frame) for frame in frames] == list(range(first, last))
-    with pytest.raises(DecodeError, match=f"{name}: has no frame from 2.5 to 3.0 s: it is 1.967 s"):
+    with pytest.raises(
+        DecodeError, match=f"{name}: has no frame from 2.5 to 3.0 s: its last one is at 1.967 s"
+    ):
         read_frames(path, every, 2.5, 3.0)
 
 

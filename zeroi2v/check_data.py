@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
     bad = [f"{path}: {rows[path].error}" for path in names if rows[path].error]
     for text in bad:
         print(f"bad file    {text}")
-    problems += duplicates(train, val, rows)
+    problems += odd_ones(rows[path] for path in names) + duplicates(train, val, rows)
     for text in problems:
         print(f"problem     {text}")
     frames = sum(rows[path].frames or 0 for path in names)
@@ -190,6 +190,14 @@ def name_problems(classes: tuple[str, ...], val_classes: tuple[str, ...]) -> lis
     if missing:
         problems.append(f"--val: {len(missing)} of {len(classes)} classes lack: {some(missing)}")
     return problems
+
+
+def odd_ones(rows: Iterable[VideoFacts]) -> list[str]:
+    """Videos that decode, but may not be seen as they were meant to be."""
+    odd = [row.path for row in rows if row.orientation == "odd angle"]
+    if not odd:
+        return []
+    return [f"{len(odd)} videos ask to be turned by an odd angle, and are not: {some(odd)}"]
 
 
 def duplicates(train: list[Sample], val: list[Sample], rows: dict[str, VideoFacts]) -> list[str]:

@@ -27,6 +27,8 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
+from zeroi2v.data.orientation import UPRIGHT, Orientation, orientation_of, oriented, turn
+
 MAX_SIDE = 16384
 """Largest width or height accepted, in pixels."""
 MAX_PIXELS = 2**26
@@ -80,6 +82,8 @@ class Index:
     frame_rate: float
     """Frames a second, by the header; 25 where it says nothing."""
     seekable: bool
+    orientation: Orientation
+    """Of the first frame."""
 
 
 def read_frames(
@@ -183,12 +187,15 @@ def known_index(path: str, container, stream, limit: Limit) -> Index:
 
 
 def read_index(container, stream, limit: Limit) -> Index:
+    """Reads all packets; of the frames, only the first is decoded."""
     pts, dts, is_key, discard = [], [], [], []
-    name, damaged = stream.codec_context.codec.canonical_name, False
+    name, damaged, orientation = stream.codec_context.codec.canonical_name, False, UPRIGHT
     try:
         for packet in container.demux(stream):
             limit.check()
             if packet.size:
+                if not pts and packet.is_keyframe:
+                    orientation = _orientation_of(stream.codec_context, packet)
                 pts.append(packet.pts)
                 dts.append(packet.dts)
                 is_key.append(packet.is_keyframe)
@@ -212,7 +219,17 @@ def read_index(container, stream, limit: Limit) -> Index:
     seekable = complete and not damaged and name in codecs
     # A JPEG may rely on the tables of those before it.
     is_entry = is_key if name != "mjpeg" else [i == 0 for i in range(len(is_key))]
-    return Index(pts, dts, is_key, is_entry, shown, times, frame_rate, seekable)
+    return Index(pts, dts, is_key, is_entry, shown, times, frame_rate, seekable, orientation)
+
+
+def _orientation_of(codec, key: av.Packet) -> Orientation:
+    """Of the frame of a keyframe, upright if it can't be decoded."""
+    try:
+        frames = [*codec.decode(key), *codec.decode(None)]
+    except av.FFmpegError:
+        frames = []
+    codec.flush_buffers()
+    return next((orientation_of(frame) for frame in frames), None) or UPRIGHT
 
 
 def _window(times: np.ndarray, start: float | None, end: float | None) -> tuple[int, int]:
@@ -220,8 +237,16 @@ def _window(times: np.ndarray, start: float | None, end: float | None) -> tuple[
     first = 0 if start is None else int(np.searchsorted(times, start - 1e-6))
     last = len(times) if end is None else int(np.searchsorted(times, end - 1e-6))
     if last <= first:
-        raise DecodeError(f"has no frame from {start} to {end} s: it is {times[-1]:.3f} s long")
+        raise DecodeError(f"has no frame from {start} to {end} s: {_nearest(times, start, end)}")
     return first, last - first
+
+
+def _nearest(times: np.ndarray, start: float | None, end: float | None) -> str:
+    """What is around a part without a frame."""
+    before, after = times[times < (start or 0)], times[times >= (end or 0)]
+    if not len(after):
+        return f"its last one is at {times[-1]:.3f} s"
+    return f"there is a gap from {before[-1]:.3f} to {after[0]:.3f} s"
 
 
 def _decode_by_seek(container, stream, index: Index, wanted: np.ndarray, limit: Limit) -> dict:
@@ -231,7 +256,8 @@ def _decode_by_seek(container, stream, index: Index, wanted: np.ndarray, limit: 
     frames: dict[int, np.ndarray] = {}
     for key, last in stretches(index, [index.shown[i] for i in number_of.values()]):
         previous = None
-        for frame in _decode_run(container, stream, index, key, last, number_of):
+        run = _decode_run(container, stream, index, key, last, number_of)
+        for frame, orientation in oriented(run, index.orientation):
             limit.check()
             if frame.pts is None or (previous is not None and frame.pts <= previous):
                 raise Surprise
@@ -241,7 +267,7 @@ def _decode_by_seek(container, stream, index: Index, wanted: np.ndarray, limit: 
             if frame.pts in number_of:
                 if frame.interlaced_frame or frame.is_corrupt:
                     raise Surprise
-                frames[number_of[frame.pts]] = convert(frame)
+                frames[number_of[frame.pts]] = convert(frame, orientation)
     if len(frames) < len(number_of):
         raise Surprise
     return frames
@@ -319,11 +345,11 @@ def _decode_in_order(
         with container:
             convert = _Converter()
             try:
-                for frame in all_frames(container, stream, limit):
+                for frame, orientation in oriented(all_frames(container, stream, limit)):
                     if count in wanted:
                         if frame.is_corrupt:
                             raise DecodeError(f"frame {count} is damaged")
-                        frames[count] = convert(frame)
+                        frames[count] = convert(frame, orientation)
                     count += 1
                     if known is not None and len(frames) == len(wanted):
                         count = len(times)
@@ -358,13 +384,14 @@ class _Converter:
         self.reformatter = VideoReformatter()
         self.size = None
 
-    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
-        size = (frame.width, frame.height, frame.rotation)
+    def __call__(self, frame: av.VideoFrame, orientation: Orientation) -> np.ndarray:
+        size = (frame.width, frame.height, str(orientation))
         self.size = self.size or size
         if size != self.size:
-            raise DecodeError(f"changes its frames from {self.size} to {size} (w, h, rotation)")
+            before, now = ("{}x{} {}".format(*size) for size in (self.size, size))
+            raise DecodeError(f"changes its frames from {before} to {now}")
         image = self.reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-        return np.rot90(image, round(frame.rotation / 90))
+        return turn(image, orientation)
 
 
 def _pack(frames: dict[int, np.ndarray], indices: np.ndarray) -> np.ndarray:

@@ -30,6 +30,7 @@ from zeroi2v.data.colours import (
 )
 from zeroi2v.data.decode import Index, Limit, Surprise, packets_between, stretches
 from zeroi2v.data.nvdec import Capability
+from zeroi2v.data.orientation import UPRIGHT, orientation_of
 
 _FORMATS = ("yuv420p", "yuvj420p")
 _TICK = Fraction(1, 25)
@@ -87,7 +88,7 @@ class Cutter:
             for packet in packets_between(container, stream, index, key, last)
         ]
         limit.check()
-        if not _is_plain(codec, kept[0]):
+        if index.orientation != UPRIGHT or not _is_plain(codec, kept[0]):
             return None
         stamps = sorted(packet.pts for packet in kept)
         if len(set(stamps)) < len(stamps):
@@ -148,7 +149,7 @@ def _is_plain(codec, key: av.Packet) -> bool:
         (frame.height, frame.width) == (codec.height, codec.width)
         and frame.format.name in _FORMATS
         and frame.key_frame
-        and not frame.rotation
+        and orientation_of(frame) in (None, UPRIGHT)
         and not frame.interlaced_frame
         and not frame.is_corrupt
         and (frame.colorspace, frame.color_range) == (codec.colorspace, codec.color_range)

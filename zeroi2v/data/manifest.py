@@ -19,6 +19,7 @@ import numpy as np
 from zeroi2v.data.annotations import Sample
 from zeroi2v.data.decode import DecodeError, Limit, all_frames, open_video, read_index
 from zeroi2v.data.frame_folder import read_frame_folder
+from zeroi2v.data.orientation import oriented
 
 
 @dataclass(slots=True)
@@ -49,8 +50,8 @@ class VideoFacts:
     """Frames that decoding gives, up to the first error."""
     keyframes: int | None = None
     """Packets marked as keyframes."""
-    rotation: int | None = None
-    """Degrees, counter-clockwise, that the file asks to be turned by."""
+    orientation: str | None = None
+    """How the file asks to be turned, as `orientation.Orientation` says it."""
     vfr: bool | None = None
     """Whether frames are shown for different times."""
     open_gop: bool | None = None
@@ -104,8 +105,8 @@ def _inspect_file(path: str, facts: VideoFacts, limit: Limit) -> None:
     container, stream = open_video(path, limit)
     with container:
         try:
-            for frame in all_frames(container, stream, limit):
-                facts.rotation = round(frame.rotation)
+            for frame, orientation in oriented(all_frames(container, stream, limit)):
+                facts.orientation = str(orientation)
                 if frame.is_corrupt:
                     raise DecodeError(f"frame {facts.frames} is damaged")
                 size = size or (frame.width, frame.height)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import av
 import numpy as np
+from av.sidedata.sidedata import SideDataContainer
 
 
 class Orientation(NamedTuple):
@@ -45,7 +46,8 @@ _NAMES = {
 
 def orientation_of(frame: av.VideoFrame) -> Orientation | None:
     """The orientation that a frame brings along; None if it brings none."""
-    for data in frame.side_data:
+    # Not `frame.side_data`: it and the frame would hold each other, and the decoder's buffers.
+    for data in SideDataContainer(frame):
         if data.type.name == "DISPLAYMATRIX":
             return read_matrix(np.frombuffer(bytes(data), np.int32))
     return None

@@ -6,8 +6,12 @@ import os
 import shutil
 import time
 from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 
+import av
+import numpy as np
 import pytest
 from videos import write_numbered
 
@@ -15,6 +19,7 @@ from zeroi2v import check_data
 from zeroi2v.check_data import main
 from zeroi2v.cli import run
 from zeroi2v.data.annotations import Sample, read_list
+from zeroi2v.data.decode import DecodeError, read_frames
 from zeroi2v.data.manifest import inspect_video, read_manifest, use_manifest
 
 
@@ -218,3 +223,73 @@ def test_a_folder_of_images_is_a_video(clips):
 def test_a_scan_over_its_time_limit_is_an_error(tmp_path):
     path = write_numbered(tmp_path / "v.mp4", 10)
     assert "longer" in inspect_video(path, "v", 1e-9).error
+
+
+def checked(tmp_path, text: str, *more: str, name: str = "list.csv") -> int:
+    (tmp_path / name).write_text(text)
+    words = [str(tmp_path / name), "--root", str(tmp_path), "--workers", "1"]
+    return run(main, [*words, "--out", str(tmp_path / "m.jsonl"), *more])
+
+
+def test_parts_are_held_against_the_length_of_their_film(tmp_path, capsys):
+    write_numbered(tmp_path / "film.mp4", 60)  # 2 s
+    parts = ["film.mp4,0,0,1", "film.mp4,0,1,2", "film.mp4,0,1,2.01"]
+    assert checked(tmp_path, "\n".join(["path,label,start,end", *parts])) == 0
+    parts += ["film.mp4,0,2.5,3", "film.mp4,0,1,2.4"]
+    assert checked(tmp_path, "\n".join(["path,label,start,end", *parts])) == 1
+    out = capsys.readouterr().out
+    film = f"{tmp_path}/film.mp4"
+    assert f"1 parts begin after the end of their film: {film} (from 2.5 to 3.0 s), 2.000 s" in out
+    assert f"1 parts reach past the end of their film: {film} (from 1.0 to 2.4 s), 2.000 s" in out
+
+
+@pytest.mark.parametrize(
+    ("part", "is_shared"),
+    [("0.5,1.5", True), ("1,2", False), (",", True), ("0,0.2", True), ("1.0,", False)],
+)
+def test_parts_of_one_film_are_shared_where_they_overlap(tmp_path, capsys, part, is_shared):
+    write_numbered(tmp_path / "film.mp4", 60)
+    shutil.copy(tmp_path / "film.mp4", tmp_path / "copy.mp4")
+    for name in ("film", "copy"):
+        (tmp_path / "val.csv").write_text(f"path,label,start,end\n{name}.mp4,0,{part}\n")
+        text = "path,label,start,end\nfilm.mp4,0,0,1\n"
+        assert checked(tmp_path, text, "--val", str(tmp_path / "val.csv")) == is_shared
+        assert ("1 videos are in both lists" in capsys.readouterr().out) == is_shared
+
+
+def test_what_videos_are_not_expected_to_be_is_told(tmp_path, capsys):
+    path = write_numbered(tmp_path / "whole.mkv", 60, g="12")
+    data = Path(path).read_bytes()
+    (tmp_path / "short.mkv").write_bytes(data[: len(data) // 2])
+    with av.open(str(tmp_path / "wide.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.height, stream.width, stream.pix_fmt = 96, 128, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(4, 3)
+        stream.codec_context.color_trc = 16
+        for i in range(6):
+            frame = av.VideoFrame.from_ndarray(np.full((96, 128, 3), 9 * i, np.uint8))
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    names = "".join(f"{name} 0\n" for name in ("whole.mkv", "short.mkv", "wide.mp4"))
+    assert checked(tmp_path, names, name="list.txt") == 0
+    notes = [x for x in capsys.readouterr().out.splitlines() if x.startswith("note")]
+    assert len(notes) == 3
+    assert "1 videos have pixels that are not square, and are not stretched: wide.mp4" in notes[0]
+    assert "1 videos are HDR, and are read as if they were not: wide.mp4" in notes[1]
+    assert "1 videos hold less than their header promises: short.mkv (0." in notes[2]
+    assert " of 2 s)" in notes[2]
+
+
+def test_promised_frames_that_are_missing_are_named(clips):
+    facts = inspect_video(str(clips / "actions/wave__hmdb51_SchoolRules_0.avi"), "wave.avi")
+    (note,) = check_data.notes([facts])
+    assert note.endswith("hold less than their header promises: wave.avi (frames 74 to 74 of 75)")
+
+
+def test_sound_with_a_cover_picture_is_no_video(clips, tmp_path, capsys):
+    path = clips.parent / "cases" / "podcast.mp4"
+    if not path.exists():
+        pytest.skip(f"no {path}")
+    with pytest.raises(DecodeError, match="podcast.mp4: has no video, only a cover picture"):
+        read_frames(str(path), np.arange)
+    assert inspect_video(str(path), "x").error == "has no video, only a cover picture"

@@ -8,6 +8,7 @@ and videos that stand twice in a list or in both the training and the validation
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import os
 import signal
@@ -78,7 +79,9 @@ def main(argv: list[str]) -> None:
     bad = [f"{path}: {rows[path].error}" for path in names if rows[path].error]
     for text in bad:
         print(f"bad file    {text}")
-    problems += odd_ones(rows[path] for path in names) + duplicates(train, val, rows)
+    problems += part_problems(train + val, rows) + duplicates(train, val, rows)
+    for text in notes(rows[path] for path in names):
+        print(f"note        {text}")
     for text in problems:
         print(f"problem     {text}")
     frames = sum(rows[path].frames or 0 for path in names)
@@ -192,12 +195,53 @@ def name_problems(classes: tuple[str, ...], val_classes: tuple[str, ...]) -> lis
     return problems
 
 
-def odd_ones(rows: Iterable[VideoFacts]) -> list[str]:
-    """Videos that decode, but may not be seen as they were meant to be."""
-    odd = [row.path for row in rows if row.orientation == "odd angle"]
-    if not odd:
-        return []
-    return [f"{len(odd)} videos ask to be turned by an odd angle, and are not: {some(odd)}"]
+def notes(rows: Iterable[VideoFacts]) -> list[str]:
+    """What the videos that decode may not be expected to be."""
+    good = [row for row in rows if row.error is None]
+    kinds = {
+        "ask to be turned by an odd angle, and are not": [
+            row.path for row in good if row.orientation == "odd angle"
+        ],
+        "have pixels that are not square, and are not stretched": [
+            f"{row.path} ({row.pixel_aspect:g})"
+            for row in good
+            if row.pixel_aspect not in (None, 1)
+        ],
+        "are HDR, and are read as if they were not": [row.path for row in good if row.hdr],
+        "hold less than their header promises": [
+            f"{row.path} ({short})" for row in good if (short := _shortness(row))
+        ],
+    }
+    return [f"{len(names)} videos {what}: {some(names)}" for what, names in kinds.items() if names]
+
+
+def _shortness(row: VideoFacts) -> str:
+    """What a video lacks of its promised frames, or of its promised length; empty if nothing."""
+    if row.header_frames and row.frames < row.header_frames:
+        return f"frames {row.frames} to {row.header_frames - 1} of {row.header_frames}"
+    length = (row.last or 0) + 1 / (row.fps or 25)
+    if row.header_seconds and row.last is not None and length < 0.9 * row.header_seconds - 0.5:
+        return f"{length:g} of {row.header_seconds:g} s"
+    return ""
+
+
+def part_problems(samples: list[Sample], rows: dict[str, VideoFacts]) -> list[str]:
+    """Parts of films that begin or end where the film is over."""
+    late, long = [], []
+    for sample in samples:
+        row = rows[sample.path]
+        if row.last is None:
+            continue
+        end = row.last + 1 / (row.fps or 25)
+        if sample.start is not None and sample.start > row.last:
+            late.append(f"{sample.name}, {end:.3f} s long")
+        elif sample.end is not None and sample.end > end + 0.5 / (row.fps or 25):
+            long.append(f"{sample.name}, {end:.3f} s long")
+    return [
+        f"{len(names)} parts {what} the end of their film: {some(names)}"
+        for what, names in (("begin after", late), ("reach past", long))
+        if names
+    ]
 
 
 def duplicates(train: list[Sample], val: list[Sample], rows: dict[str, VideoFacts]) -> list[str]:
@@ -216,17 +260,33 @@ def duplicates(train: list[Sample], val: list[Sample], rows: dict[str, VideoFact
             problems.append(f"{kind}{len(twice)} videos stand twice: {some(twice)}")
         if several:
             problems.append(f"{kind}{len(several)} videos have several labels: {some(several)}")
-    paths = {sample.path for sample in train}
-    by_hash = {rows[path].sha256: path for path in paths if rows[path].sha256}
+    by_path: dict[str, list[Sample]] = defaultdict(list)
+    by_hash: dict[str | None, list[Sample]] = defaultdict(list)
+    for sample in train:
+        by_path[sample.path].append(sample)
+        by_hash[rows[sample.path].sha256].append(sample)
     shared = []
-    for path in dict.fromkeys(sample.path for sample in val):
-        if path in paths:
-            shared.append(path)
-        elif rows[path].sha256 in by_hash:
-            shared.append(f"{path} (= {by_hash[rows[path].sha256]})")
+    for sample in val:
+        digest = rows[sample.path].sha256
+        same = by_path[sample.path] or (by_hash[digest] if digest else [])
+        twin = next((other for other in same if _overlap(sample, other)), None)
+        if twin is not None:
+            other = "" if twin.path == sample.path else f" (= {twin.path})"
+            shared.append(f"{sample.name}{other}")
+    shared = list(dict.fromkeys(shared))
     if shared:
         problems.append(f"{len(shared)} videos are in both lists: {some(shared)}")
     return problems
+
+
+def _overlap(one: Sample, other: Sample) -> bool:
+    """Whether two parts of the same video have something in common."""
+    if one.span is not None or other.span is not None:
+        first, second = (s.span or (0, math.inf) for s in (one, other))
+        return first[0] < sum(second) and second[0] < sum(first)
+    return (one.start or 0) < (math.inf if other.end is None else other.end) and (
+        other.start or 0
+    ) < (math.inf if one.end is None else one.end)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 import av
 import numpy as np
+from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
 from zeroi2v.data.orientation import UPRIGHT, Orientation, orientation_of, oriented, turn
@@ -154,6 +155,11 @@ def open_video(path: str, limit: Limit, **codec_options: str):
         timeout=limit.left,
     )
     stream = container.streams.best("video")
+    if stream is not None and _is_cover(stream):
+        stream = next((s for s in container.streams.video if not _is_cover(s)), None)
+        if stream is None:
+            container.close()
+            raise DecodeError("has no video, only a cover picture")
     if stream is None or stream.codec_context is None:
         container.close()
         raise DecodeError("has no video stream that can be decoded")
@@ -171,6 +177,10 @@ def open_video(path: str, limit: Limit, **codec_options: str):
     codec.thread_count = 1
     codec.options = {"max_pixels": str(MAX_PIXELS), **codec_options}
     return container, stream
+
+
+def _is_cover(stream) -> bool:
+    return bool(stream.disposition & Disposition.attached_pic)
 
 
 _last_index: tuple[tuple, Index] | None = None

@@ -21,6 +21,8 @@ from zeroi2v.data.decode import DecodeError, Limit, all_frames, open_video, read
 from zeroi2v.data.frame_folder import read_frame_folder
 from zeroi2v.data.orientation import oriented
 
+_HDR = (16, 18)  # transfer characteristics of H.273: PQ, HLG
+
 
 @dataclass(slots=True)
 class VideoFacts:
@@ -48,10 +50,18 @@ class VideoFacts:
     """Frames that the header promises; 0 if it says nothing."""
     frames: int | None = None
     """Frames that decoding gives, up to the first error."""
+    header_seconds: float | None = None
+    """How long the header says the video is."""
+    last: float | None = None
+    """When the last frame is shown, in seconds from the first."""
     keyframes: int | None = None
     """Packets marked as keyframes."""
     orientation: str | None = None
     """How the file asks to be turned, as `orientation.Orientation` says it."""
+    pixel_aspect: float | None = None
+    """Width of a pixel by its height; frames are not stretched by it."""
+    hdr: bool | None = None
+    """Whether brightness is coded for high dynamic range (PQ or HLG), which is not undone."""
     vfr: bool | None = None
     """Whether frames are shown for different times."""
     open_gop: bool | None = None
@@ -95,8 +105,12 @@ def _inspect_file(path: str, facts: VideoFacts, limit: Limit) -> None:
         facts.width, facts.height = codec.width, codec.height
         facts.fps = round(float(stream.average_rate), 3) if stream.average_rate else None
         facts.header_frames = stream.frames
+        facts.header_seconds = container.duration and round(container.duration / 1e6, 3)
+        aspect = stream.sample_aspect_ratio or codec.sample_aspect_ratio
+        facts.pixel_aspect = round(float(aspect), 4) if aspect else 1.0
+        facts.hdr = int(codec.color_trc) in _HDR
         index = read_index(container, stream, limit)
-        facts.keyframes = sum(index.is_key)
+        facts.keyframes, facts.last = sum(index.is_key), round(float(index.times[-1]), 3)
         gaps = np.diff(index.times)
         if None not in index.pts and len(gaps):
             facts.vfr = bool(np.ptp(gaps) > max(2.5 * stream.time_base, 0.02 * np.median(gaps)))

@@ -22,12 +22,14 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import av
 import numpy as np
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
+from zeroi2v.data.bitstream import shown_frames
 from zeroi2v.data.orientation import UPRIGHT, Orientation, orientation_of, oriented, turn
 
 MAX_SIDE = 16384
@@ -37,8 +39,8 @@ MAX_PIXELS = 2**26
 MAX_CLIP_BYTES = 4 * 2**30
 """Largest size accepted of all frames of a clip, in bytes of RGB."""
 
-# Containers and codecs in which each packet is one shown frame. Not so: fields in mpegts, hidden
-# frames in vp8, packed B-frames in avi.
+# Containers and codecs in which each packet is one frame, shown or (of vp9 and av1) known to be
+# hidden. Not so: fields in mpegts, hidden frames in vp8, packed B-frames in avi.
 SEEKABLE = {"mov,mp4,m4a,3gp,3g2,mj2": {"h264", "hevc", "av1", "mjpeg"}, "avi": {"mjpeg"}}
 SEEKABLE["matroska,webm"] = SEEKABLE["mov,mp4,m4a,3gp,3g2,mj2"] | {"vp9"}
 
@@ -198,7 +200,7 @@ def known_index(path: str, container, stream, limit: Limit) -> Index:
 
 def read_index(container, stream, limit: Limit) -> Index:
     """Reads all packets; of the frames, only the first is decoded."""
-    pts, dts, is_key, discard = [], [], [], []
+    pts, dts, is_key, is_shown = [], [], [], []
     name, damaged, orientation = stream.codec_context.codec.canonical_name, False, UPRIGHT
     try:
         for packet in container.demux(stream):
@@ -209,12 +211,18 @@ def read_index(container, stream, limit: Limit) -> Index:
                 pts.append(packet.pts)
                 dts.append(packet.dts)
                 is_key.append(packet.is_keyframe)
-                discard.append(packet.is_discard)
+                number = shown_frames(name, bytes(packet)) if name in ("vp9", "av1") else 1
+                damaged = damaged or number not in (0, 1)
+                is_shown.append(number != 0 and not packet.is_discard)
     except av.FFmpegError:
         damaged = True
     except IndexError:  # what PyAV raises if the chosen stream is not among those of the file
         raise DecodeError("has damaged stream headers") from None
-    shown = [i for i, out in enumerate(discard) if not out]
+    # A JPEG may rely on the tables of those before it.
+    is_entry = is_key if name != "mjpeg" else [i == 0 for i in range(len(is_key))]
+    # What comes before the first keyframe refers to what is not there, and is not decoded.
+    first = next((i for i, entry in enumerate(is_entry) if entry), 0)
+    shown = [i for i, out in enumerate(is_shown) if out and i >= first]
     if not shown:
         raise DecodeError("holds no frame")
     stamps = [pts[i] for i in shown]
@@ -226,9 +234,9 @@ def read_index(container, stream, limit: Limit) -> Index:
     else:
         times = np.arange(len(shown)) / frame_rate
     codecs = SEEKABLE.get(container.format.name, ())
-    seekable = complete and not damaged and name in codecs
-    # A JPEG may rely on the tables of those before it.
-    is_entry = is_key if name != "mjpeg" else [i == 0 for i in range(len(is_key))]
+    # Frames shown before the first keyframe but stored after it may be decoded or not.
+    leading = complete and pts[first] is not None and pts[shown[0]] < pts[first]
+    seekable = complete and not damaged and not leading and is_entry[first] and name in codecs
     return Index(pts, dts, is_key, is_entry, shown, times, frame_rate, seekable, orientation)
 
 
@@ -341,9 +349,13 @@ def _decode_in_order(
 ) -> np.ndarray:
     """Decodes up to the last wanted frame if the number of all is `known`, else all, and counts.
 
-    A second time if they turn out to be fewer than known, or not as many as the packets.
+    When a frame is shown is its own time stamp's to say. The index guesses that from the packets;
+    where it was wrong, all is decoded a second time.
     """
-    times = _fit(index, len(index.times) if known is None else known)
+    is_part = start is not None or end is not None
+    times = index.times
+    if known not in (None, len(times)):
+        times, known = (_evenly(known, index), known) if not is_part else (times, None)
     while True:
         first, total = _window(times, start, end)
         indices = np.asarray(choose(total)) + first
@@ -351,40 +363,52 @@ def _decode_in_order(
         container, stream = open_video(path, limit)
         check_clip_size((stream.codec_context.height, stream.codec_context.width, 3), indices.size)
         frames: dict[int, np.ndarray] = {}
-        count = 0
+        stamps: list[int | None] = []
         with container:
             convert = _Converter()
             try:
                 for frame, orientation in oriented(all_frames(container, stream, limit)):
-                    if count in wanted:
+                    if len(stamps) in wanted:
                         if frame.is_corrupt:
-                            raise DecodeError(f"frame {count} is damaged")
-                        frames[count] = convert(frame, orientation)
-                    count += 1
+                            raise DecodeError(f"frame {len(stamps)} is damaged")
+                        frames[len(stamps)] = convert(frame, orientation)
+                    stamps.append(frame.pts)
                     if known is not None and len(frames) == len(wanted):
-                        count = len(times)
-                        break
+                        return _pack(frames, indices)
             except av.FFmpegError as error:
                 if len(frames) < len(wanted):
-                    raise DecodeError(f"damaged after frame {count}: {error.strerror}") from None
-                count = len(times)
-        if count == len(times):
+                    reason = f"damaged after frame {len(stamps)}: {error.strerror}"
+                    raise DecodeError(reason) from None
+                return _pack(frames, indices)
+            own = _times_of(stamps, float(stream.time_base), index)
+        if len(own) == len(times) and (not is_part or np.abs(own - times).max() < 1e-3):
             return _pack(frames, indices)
-        if not count:
+        if not len(own):
             raise DecodeError("holds no frame")
-        times, known = _fit(index, count), None
+        times, known = own, None
 
 
-def _fit(index: Index, count: int) -> np.ndarray:
-    """Times of `count` frames: those of the index, cut or drawn out."""
-    more = np.arange(1, count - len(index.times) + 1) / index.frame_rate
-    return np.concatenate([index.times, index.times[-1] + more])[:count]
+def _times_of(stamps: list[int | None], time_base: float, index: Index) -> np.ndarray:
+    """Times of all frames of a file in seconds, the first at 0, by their time stamps."""
+    if None in stamps or any(b <= a for a, b in pairwise(stamps)):
+        return _evenly(len(stamps), index)
+    return (np.array(stamps) - stamps[0]) * time_base if stamps else np.zeros(0)
+
+
+def _evenly(count: int, index: Index) -> np.ndarray:
+    """Times of `count` frames without time stamps: at the header's rate."""
+    return np.arange(count) / index.frame_rate
 
 
 def all_frames(container, stream, limit: Limit) -> Iterator[av.VideoFrame]:
+    """All frames that a decode of the whole file gives, in the order they are shown."""
+    # Without a keyframe before them, packets of these are errors; those of others give no frame.
+    waits = stream.codec_context.codec.canonical_name in ("vp9", "av1", "vp8")
     for packet in container.demux(stream):
         limit.check()
-        yield from packet.decode()
+        waits = waits and not packet.is_keyframe
+        if not waits:
+            yield from packet.decode()
 
 
 class _Converter:

@@ -80,6 +80,9 @@ class Cutter:
             return None
         packets = [index.shown[i] for i in wanted.ravel().tolist()]
         needed = stretches(index, sorted(set(packets)))
+        shown = set(index.shown)
+        if any(i not in shown for key, last in needed for i in range(key, last + 1)):
+            return None  # a decoder that takes packets for frames would miscount
         if any(_has_leading_frames(index, key, last) for key, last in needed):
             return None
         kept = [

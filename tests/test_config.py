@@ -103,3 +103,24 @@ def test_importing_the_model_and_the_merge_loads_nothing_optional():
 
 def test_a_data_worker_never_loads_torch():
     assert output_of("import sys, zeroi2v.data.source; print('torch' in sys.modules)") == "False"
+
+
+@pytest.mark.parametrize(
+    ("image_size", "val", "test"), [(224, 256, 224), (112, 128, 112), (336, 384, 336), (32, 37, 32)]
+)
+def test_sizes_of_videos_follow_the_images(image_size, val, test):
+    pixels = ModelConfig(image_size=image_size).preprocess
+    assert (pixels.val_short_side, pixels.test_short_side) == (val, test)
+    read = ModelConfig.from_dict(ModelConfig(image_size=image_size).to_dict())
+    assert read.preprocess == pixels  # a saved config says them
+
+
+def test_sizes_may_be_given_but_not_below_the_images():
+    given = PreprocessConfig(val_short_side=300, test_short_side=250)
+    pixels = ModelConfig(preprocess=given).preprocess
+    assert (pixels.val_short_side, pixels.test_short_side) == (300, 250)
+    small = PreprocessConfig(test_short_side=200)
+    with pytest.raises(
+        ValueError, match="test_short_side must be at least image_size 224: got 200"
+    ):
+        ModelConfig(preprocess=small)

@@ -1,6 +1,7 @@
 """The command line of conversion, and MMAction2 configs turned into ours."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -117,6 +118,11 @@ def test_bad_input_is_one_clear_line(tmp_path, monkeypatch, capsys, words, rule)
     assert captured.err.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
+def validated_by_rule(config: ModelConfig) -> ModelConfig:
+    """Their config says nothing of validation's short side, which then follows the image size."""
+    return replace(config, preprocess=replace(config.preprocess, val_short_side=None))
+
+
 def test_mmaction_config_becomes_a_config_that_loads(tmp_path, capsys):
     trained = trained_model(SSV2)
     theirs = tmp_path / "CLIP-B_sthv2_u16.py"
@@ -130,8 +136,7 @@ def test_mmaction_config_becomes_a_config_that_loads(tmp_path, capsys):
     for note in ("training step ColorJitter has no counterpart", "my_extra has no counterpart"):
         assert note in printed and note in (tmp_path / "ours.yaml").read_text()
     ours = load_config(tmp_path / "ours.yaml")
-    model, published = ours.model.video.to_dict(), trained.config.to_dict()
-    assert model == published
+    assert ours.model.video == validated_by_rule(trained.config)
     assert (ours.data.train_list, ours.data.val_list) == ("data/train.txt", "data/val.txt")
     assert (ours.data.root, ours.data.val_root) == ("data/videos", "other")
     augment, optim = ours.augment, ours.optim
@@ -146,7 +151,7 @@ def test_mmaction_config_becomes_a_config_that_loads(tmp_path, capsys):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_mmaction_config_of_every_recipe_is_that_recipe(recipe, tmp_path):
     trained = trained_model(recipe)
-    published = trained.config
+    published = validated_by_rule(trained.config)
     rate = {"dropout_rate": published.adapter.dropout}
     theirs = tmp_path / f"{recipe}.py"
     theirs.write_text(authors_config(trained, recipe, **rate) + TRAINING)

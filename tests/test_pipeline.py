@@ -36,7 +36,8 @@ FULL = AugmentConfig(erasing=0.5)
 
 
 def config(side=32, frames=4, **process):
-    process = dict(sampling="uniform", val_short_side=40, test_short_side=32) | process
+    sides = dict(val_short_side=max(40, side), test_short_side=max(32, side))
+    process = dict(sampling="uniform") | sides | process
     return ModelConfig(
         image_size=side,
         patch_size=16,

@@ -177,3 +177,13 @@ def test_only_keys_that_cannot_change_the_weights_may_differ_on_resume(load):
     for key in ("optim.lr: 0.0003 -> 0.001", "model.adapter", "augment"):
         assert key in text
     assert differences(config, load(MINIMAL, "run.seed=1")) == ["run.seed: 0 -> 1"]
+
+
+def test_another_image_size_alone_changes_the_sizes_of_videos_with_it(tmp_path):
+    (tmp_path / "config.yaml").write_text(
+        "model: {recipe: vit_b16_k400_8x16, image_size: 112}\ndata: {train_list: x}\nrun: {dir: y}"
+    )
+    pixels = load_config(tmp_path / "config.yaml").model.preprocess
+    assert (pixels.val_short_side, pixels.test_short_side) == (128, 112)
+    word = "model.preprocess.val_short_side=120"
+    assert load_config(tmp_path / "config.yaml", [word]).model.preprocess.val_short_side == 120

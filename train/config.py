@@ -274,7 +274,10 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     values = _at_home(values)
     model = values.setdefault("model", {})
     if isinstance(model, dict) and model.get("recipe") is not None:
-        published = recipe(str(model["recipe"])).model.to_dict() | {"num_classes": None}
+        published = recipe(str(model["recipe"])).model.to_dict()
+        # What follows from the data and from the size of the image may be given another.
+        published["num_classes"] = None
+        published["preprocess"] |= {"val_short_side": None, "test_short_side": None}
         values["model"] = _merged(published, model)
     return build_dataclass(RunConfig, values)
 

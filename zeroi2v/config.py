@@ -51,10 +51,12 @@ class PreprocessConfig:
     """`dense`: frames `interval` apart; `uniform`: one frame from each of T segments."""
     interval: int = 16
     """Distance between neighbouring frames of a dense clip, in frames."""
-    val_short_side: int = 256
-    """Short side, in pixels, a video is resized to before validation's centre crop."""
-    test_short_side: int = 224
-    """Short side, in pixels, a video is resized to before the test crops."""
+    val_short_side: int | None = None
+    """Short side, in pixels, a video is resized to before validation's centre crop; None: 8/7 of
+    the model's image size, as published."""
+    test_short_side: int | None = None
+    """Short side, in pixels, a video is resized to before the test crops; None: the model's image
+    size, as published."""
     test_views: tuple[int, int] = (3, 1)
     """Clips per video and crops per clip in tests: 1 crop (centre) or 3 along the long side."""
 
@@ -114,6 +116,18 @@ class ModelConfig:
     def __post_init__(self):
         for name in ("image_size", "patch_size", "width", "depth", "num_heads", "num_frames"):
             _require(getattr(self, name) >= 1, name, "must be at least 1", getattr(self, name))
+        sides = {
+            "val_short_side": round(self.image_size * 8 / 7),
+            "test_short_side": self.image_size,
+        }
+        for name in sides:
+            side = getattr(self.preprocess, name)
+            if side is not None:
+                rule = f"must be at least image_size {self.image_size}"
+                _require(side >= self.image_size, f"preprocess.{name}", rule, side)
+                sides[name] = side
+        preprocess = dataclasses.replace(self.preprocess, **sides)
+        object.__setattr__(self, "preprocess", preprocess)
         classes = self.num_classes  # None until they have been counted, in a training config alone
         _require(classes is None or classes >= 1, "num_classes", "must be at least 1", classes)
         _require(

@@ -81,8 +81,7 @@ class ClipPlan:
     def short_side(self) -> int:
         """Short side a frame is resized to before its crops, in pixels."""
         process = self.config.preprocess
-        side = process.test_short_side if self.mode == "test" else process.val_short_side
-        return max(side, self.config.image_size)
+        return process.test_short_side if self.mode == "test" else process.val_short_side
 
 
 class ClipSource:

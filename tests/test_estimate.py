@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from training import Ranks, arguments, make_data
@@ -132,8 +133,8 @@ def test_memory_of_a_machine_is_what_its_control_group_leaves(monkeypatch, tmp_p
 
     machine = SimpleNamespace(available=6000, total=9000)
     own = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=70))
-    monkeypatch.setattr(train.estimate.psutil, "virtual_memory", lambda: machine)
-    monkeypatch.setattr(train.estimate.psutil, "Process", lambda: own)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: machine)
+    monkeypatch.setattr(psutil, "Process", lambda: own)
     monkeypatch.setattr(train.estimate, "group_memory", lambda: [(400, 1000)])
     monkeypatch.setattr(train.estimate, "gather", lambda value: [value, value])
     monkeypatch.setattr(train.estimate.dist, "get_world_size", lambda: 2)

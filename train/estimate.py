@@ -19,7 +19,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, get_args
 
-import psutil
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -182,6 +181,8 @@ def memory_limit(device: torch.device) -> tuple[float, float]:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved(), total
+    import psutil
+
     machine = psutil.virtual_memory()
     free, total = min([(machine.available, machine.total), *group_memory()])
     own = sum(gather(psutil.Process().memory_info().rss)) / dist.get_world_size()

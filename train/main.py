@@ -69,6 +69,7 @@ from zeroi2v.cli import run
 from zeroi2v.data.annotations import Sample
 from zeroi2v.data.pipeline import Batch, ClipLoader, check_bad_files
 from zeroi2v.evaluate import metrics, predict_views
+from zeroi2v.extras import require
 from zeroi2v.model import VideoViT
 
 
@@ -82,6 +83,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dry-run", action="store_true", help="check, measure a few steps, end")
     parser.add_argument("--local_rank", "--local-rank", help="set by launchers; not needed")
     args = parser.parse_intermixed_args(argv)
+    require("training", "deepspeed", "tensorboard", "jinja2", "psutil")
     device = start_processes()
     status = 0
     try:

@@ -21,7 +21,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from a checkout
 
-import jinja2
 import torch
 
 from train.config import RunConfig, load_config
@@ -59,6 +58,8 @@ def write_report(folder: Path) -> None:
         write_whole(folder / "per_class.csv", as_csv(classes))
         draw_confusion(folder / "plots" / "confusion.png", figures["confusion"], model.labels)
     bad_files = folder / "bad_files.txt"
+    import jinja2
+
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         TEMPLATE.read_text(encoding="utf-8")
     )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from zeroi2v.checkpoint import load, model_folder
 from zeroi2v.config import ModelConfig
+from zeroi2v.extras import require
 
 CONFIG_KEY = "zeroi2v.json"
 
@@ -55,6 +56,7 @@ class OnnxModel(nn.Module):
 
     def __init__(self, path: Path):
         super().__init__()
+        require("an ONNX file", "onnxruntime")
         import onnxruntime
 
         options = onnxruntime.SessionOptions()

@@ -29,6 +29,7 @@ from zeroi2v.attention import STDHA
 from zeroi2v.checkpoint import check_writable, load, model_folder
 from zeroi2v.cli import run
 from zeroi2v.deployed import CONFIG_KEY, ExportedModel, OnnxModel, embedded
+from zeroi2v.extras import require
 from zeroi2v.model import VideoViT
 from zeroi2v.reparam import DTYPES, merge, seeded_clips, verify
 
@@ -79,6 +80,8 @@ def export(
         raise ValueError(
             "dtype must be fp32 or fp16 for onnx: ONNX Runtime has no bf16 convolution"
         )
+    if format == "onnx":
+        require("format onnx", "onnx", "onnxscript", "onnxruntime")
     if model.config.adapter is not None:
         raise ValueError("model must be merged: it has adapters")
     model = copy.deepcopy(model).to(dtype).eval()

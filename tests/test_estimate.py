@@ -26,8 +26,15 @@ SIZES = {
     "small": ("model.width=256", "model.num_heads=4", "model.head_offsets=[-1,1,0,0]"),
     "wide": ("model.width=512", "model.num_heads=8", "model.head_offsets=[-1,1,0,0,0,0,0,0]"),
 }
-COMMON = ("model.image_size=112", "model.preprocess.val_short_side=null", "model.depth=3",
-          "optim.micro_batch=12", "optim.batch_size=12", "data.val_list=null", "optim.epochs=2")  # fmt: skip
+COMMON = (
+    "model.image_size=112",
+    "model.preprocess.val_short_side=null",
+    "model.depth=3",
+    "optim.micro_batch=12",
+    "optim.batch_size=12",
+    "data.val_list=null",
+    "optim.epochs=2",
+)
 
 
 @pytest.fixture(scope="module")

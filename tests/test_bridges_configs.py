@@ -383,3 +383,41 @@ def test_configs_that_transformers_writes_have_no_unknown_key():
             config, "", transformers_bridge._HANDLED, transformers_bridge._FIXED,
             transformers_bridge._HARMLESS,
         )  # fmt: skip
+
+
+# Values of another kind than a setting has
+
+
+def save_transformers(folder):
+    import transformers
+
+    shake(transformers.CLIPVisionModel(transformers_config())).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("save", "file", "place", "key", "values"),
+    [
+        (save_timm, "config.json", ["model_args"], "num_heads", [0, "x", None, 2.5, True]),
+        (save_timm, "config.json", ["model_args"], "act_layer", [["gelu"], {}]),
+        (save_timm, "config.json", [], "pretrained_cfg", [[1], "x", 3]),
+        (save_timm, "config.json", [], "model_args", [[1], "x", 3]),
+        (save_timm, "config.json", ["pretrained_cfg"], "input_size", [3, [], [3], "x"]),
+        (save_timm, "config.json", ["pretrained_cfg"], "std", [0.5, [0, 0, 0], "x"]),
+        (save_timm, "config.json", ["pretrained_cfg"], "mean", [0.5, [0.5], "x"]),
+        (save_transformers, "config.json", [], "hidden_size", [0, "x", None]),
+        (save_transformers, "config.json", [], "intermediate_size", ["x", None]),
+        (save_transformers, "config.json", [], "num_attention_heads", [0, "x"]),
+        (save_transformers, "config.json", [], "hidden_act", [["gelu"]]),
+        (save_transformers, "config.json", [], "layer_norm_eps", [0, "1e-5"]),
+    ],
+)
+def test_value_of_another_kind_is_refused_by_key_and_file(tmp_path, save, file, place, key, values):
+    save(tmp_path)
+    text = (tmp_path / file).read_text()
+    for value in values:
+        write(tmp_path / file, json.loads(text), place, key, value)
+        with pytest.raises(ValueError) as error:
+            load_foreign(tmp_path)
+        message = str(error.value)
+        assert key in message and file in message and repr(value) in message, message
+        assert "\n" not in message and len(message) < 400

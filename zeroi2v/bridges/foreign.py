@@ -6,6 +6,7 @@ the model. Nothing is guessed: what a format does not say goes into `missing`, a
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -123,7 +124,70 @@ def read_keys(
                 f"{where}: {key} = {value!r} is not supported: it must be "
                 f"{' or '.join(map(repr, fixed[key]))}"
             )
-    return {key: config.get(key, default) for key, default in handled.items()}
+    told = {key: config.get(key, default) for key, default in handled.items()}
+    for key, value in told.items():
+        for keys, is_right, rule in _VALUES:
+            if key in keys and key in config and not is_right(value):
+                raise ValueError(f"{where}: {key} = {value!r} must be {rule}")
+    return told
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _are_numbers(value: Any, above: float = -math.inf) -> bool:
+    is_list = isinstance(value, list | tuple) and len(value) == 3
+    return value is None or (is_list and all(_is_number(x) and x > above for x in value))
+
+
+# What the values of settings must be, whatever library they are of.
+_VALUES: tuple[tuple[frozenset[str], Callable[[Any], bool], str], ...] = (
+    (
+        frozenset(
+            "num_heads num_attention_heads head_width hidden_size intermediate_size "
+            "num_hidden_layers width layers embed_dim depth".split()
+        ),
+        _is_size,
+        "a positive integer",
+    ),
+    (
+        frozenset(("layer_norm_eps", "eps", "mlp_ratio")),
+        lambda value: _is_number(value) and value > 0,
+        "a positive number",
+    ),
+    (frozenset(("mean", "image_mean")), _are_numbers, "three numbers"),
+    (
+        frozenset(("std", "image_std")),
+        lambda value: _are_numbers(value, above=0),
+        "three positive numbers",
+    ),
+    (
+        frozenset(("input_size",)),
+        lambda value: _are_numbers(value, above=0),
+        "channels, height and width",
+    ),
+    (
+        frozenset(("act_layer", "hidden_act", "architecture")),
+        lambda value: value is None or isinstance(value, str),
+        "a name",
+    ),
+    (frozenset(("quick_gelu",)), lambda value: isinstance(value, bool), "true or false"),
+    (
+        frozenset(("model_args", "pretrained_cfg", "norm_kwargs")),
+        lambda value: value is None or isinstance(value, dict),
+        "a mapping",
+    ),
+    (
+        frozenset(("vision_config", "vision_cfg", "model_cfg", "preprocess_cfg")),
+        lambda value: isinstance(value, dict),
+        "a mapping",
+    ),
+)
 
 
 def check_weights(told: dict[str, Any], known: dict[str, Any], where: str) -> None:

@@ -137,7 +137,8 @@ def convert(source: Source) -> Foreign | None:
 def _read_config(foreign: Foreign, config: dict[str, Any], source: Source) -> float:
     """Settles what `config.json` tells, and returns the epsilon of the norms."""
     where, theirs = f"{source.path.parent / 'config.json'}", source.tensors
-    pretrained = config.get("pretrained_cfg") or {}
+    pretrained = read_keys(config, where, {"pretrained_cfg": None}, harmless=config)
+    pretrained = pretrained["pretrained_cfg"] or {}
     flat = {**pretrained, **{k: v for k, v in config.items() if k != "pretrained_cfg"}}
     handled = {"architecture": None, "model_args": None, "input_size": None, **_PIXELS}
     told = read_keys(flat, where, handled, _FIXED, _HARMLESS)

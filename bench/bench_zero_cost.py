@@ -41,7 +41,7 @@ BATCHES = {"cpu": (2, 4), "cuda": (4, 16, 64)}[WHERE]
 """Clips in a run, beside the single clip that latency is measured with."""
 
 
-@pytest.mark.parametrize("dtype", machine.DTYPES[WHERE])
+@pytest.mark.parametrize("dtype", DTYPES if WHERE == "cuda" else machine.DTYPES[WHERE])
 @shapes()
 @torch.no_grad()
 def bench_zero_cost(case, dtype, compare, timed, device, monkeypatch):

@@ -6,6 +6,7 @@ import pickle
 import socket
 import subprocess
 import time
+from enum import Enum
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ import train.state
 from train.divergence import first_bad, watch
 from train.log import read_log
 from train.main import check_weights, main
-from train.state import StateFiles, lock_folder
+from train.state import StateFiles, _without_enums, lock_folder
 from zeroi2v import VideoViT
 from zeroi2v.config import ModelConfig
 from zeroi2v.data.pipeline import ClipLoader
@@ -234,3 +235,12 @@ def test_state_that_is_damaged_or_executes_something_is_refused(data, tmp_path, 
     assert not (tmp_path / "harmed").exists()
     file.write_bytes(content)
     main([*again, "run.max_steps=2"])
+
+
+def test_states_hold_no_enums_which_some_pythons_pickle_by_calls():
+    class Stage(int, Enum):
+        one = 1
+
+    kept = _without_enums({"zero_stage": Stage.one, "inner": {"b": Stage.one}})
+    assert type(kept["zero_stage"]) is int and kept["zero_stage"] == 1
+    assert type(kept["inner"]["b"]) is int

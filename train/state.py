@@ -14,6 +14,7 @@ import os
 import random
 import shutil
 import time
+from enum import Enum
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -140,7 +141,7 @@ class StateFiles:
     def save(self, state_dict: dict[str, Any], path: str) -> None:
         try:
             with open(path, "wb") as handle:
-                torch.save(state_dict, handle)
+                torch.save(_without_enums(state_dict), handle)
         except OSError as error:
             self._error = f"{path} can't be written ({error.strerror})"
         except RuntimeError as error:  # torch's own, of the same cause
@@ -148,10 +149,9 @@ class StateFiles:
 
     def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-        from deepspeed.runtime.zero.config import ZeroStageEnum
         from deepspeed.utils.tensor_fragment import fragment_address
 
-        allowed = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+        allowed = [DynamicLossScaler, LossScaler, fragment_address]
         try:
             with torch.serialization.safe_globals(allowed):
                 return torch.load(path, map_location=map_location, weights_only=True)
@@ -209,3 +209,13 @@ def clear_leftovers(folder: Path) -> None:
             shutil.rmtree(path)
     for path in (*folder.glob(".*.tmp"), *folder.glob("state/.*.tmp")):
         path.unlink()
+
+
+def _without_enums(value: Any) -> Any:
+    """`value`, enums within its dicts replaced by what they stand for.
+
+    Some Pythons (3.11.2) pickle them by a call of `getattr`, which no reader should allow.
+    """
+    if type(value) is dict:
+        return {key: _without_enums(inner) for key, inner in value.items()}
+    return value.value if isinstance(value, Enum) else value

@@ -251,7 +251,7 @@ def test_transformers_config_that_contradicts_the_weights_is_an_error(tmp_path):
     for change, rule in (
         ({"image_size": 64}, "image_size 64, its weights 32"),
         ({"hidden_act": "relu"}, "hidden_act must be quick_gelu or gelu: got relu"),
-        ({"layer_norm_eps": 0}, "epsilon of layer norms must be in"),
+        ({"layer_norm_eps": 0}, "layer_norm_eps = 0 must be a positive number"),
         ({"num_attention_heads": 5}, "width must be a multiple of num_heads 5"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(told | change))

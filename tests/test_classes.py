@@ -215,10 +215,16 @@ def test_check_data_names_the_missing_and_the_unknown(place, tmp_path, capsys):
 
 def test_uneven_and_shifted_labels_are_told():
     assert occurrence([0, 1, 1, 2], 3) == ["3 of 3 occur"]
-    lines = occurrence([1] * 12 + [2, 3], 4, TRAINED)
-    assert lines[0] == "3 of 4 occur; no video of 'archery'"
+    lines = occurrence([1] * 12 + [2, 3], 4)
+    assert lines[0] == "3 of 4 occur; no video of 0"
     assert "labels start at 1" in lines[1]
-    assert lines[2] == "uneven: 12 videos of 'chess', 1 of 'golf'"
+    assert lines[2] == "uneven: 12 videos of 1, 1 of 3"
+    named = occurrence([1] * 12 + [2, 3], 4, TRAINED)  # nobody counted these
+    assert named == [
+        "3 of 4 occur; no video of 'archery'",
+        "uneven: 12 videos of 'chess', 1 of 'golf'",
+    ]
+    assert occurrence([2, 3], 6) == ["2 of 6 occur; no video of 0, 1, 4, 5"]
 
 
 # One reader for all lists
@@ -250,9 +256,10 @@ def test_predict_needs_no_labels_in_a_text_list(tmp_path):
     source = write(tmp_path / "list.txt", "\ufeffa b.mp4\n# comment\n#c.mkv\n")
     assert predict.read_paths(source, "r") == ["r/a b.mp4", "r/#c.mkv"]
     assert predict.read_paths(folders(tmp_path / "videos", TRAINED), None)[3].endswith("golf.mp4")
-    mixed = write(tmp_path / "mixed.txt", "a.mp4 0\nb.mp4\n")
-    with pytest.raises(ValueError, match="line 2: must be 'path label': got 'b.mp4'"):
-        read_videos(mixed)
+    mixed = write(tmp_path / "mixed.txt", "a.mp4 0\nb c.mp4\nd.mp4\t1\n")
+    assert predict.read_paths(mixed, "r") == ["r/a.mp4", "r/b c.mp4", "r/d.mp4"]
+    with pytest.raises(ValueError, match="line 2: must end with a label: got 'c.mp4'"):
+        read_list(mixed)
     parts = write(tmp_path / "parts.csv", "path,label,start,end\na.mp4,0,1,2\n")
     with pytest.raises(ValueError, match="must name whole videos.*got a.mp4 .from 1.0 to 2.0 s"):
         predict.read_paths(parts, None)

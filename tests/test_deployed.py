@@ -127,7 +127,7 @@ def test_folder_gives_every_video_in_it_and_names_the_bad_one(place, capsys):
 def test_list_gives_its_files_with_or_without_labels(place, tmp_path, capsys):
     words = ["--list", tmp_path / "list.txt", "--root", place / "videos", "--json"]
     names = ("a.mp4", "c with space.avi")
-    for text in ("# two\na.mp4 3\n\nc with space.avi 0\n", "# two\na.mp4\n\nc with space.avi\n"):
+    for text in ("# two\na.mp4 3\n\nc with space.avi\n", "a.mp4 3\nc with space.avi 0\n"):
         (tmp_path / "list.txt").write_text(text)
         assert run(place / "merged", *words) == 0
         lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

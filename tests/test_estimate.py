@@ -71,11 +71,12 @@ def test_what_was_held_before_a_measurement_is_not_in_it(monkeypatch):
     engine = SimpleNamespace(device=torch.device("cpu"))
     monkeypatch.setattr(train.estimate, "run_pass", lambda *_: torch.ones(2**24))  # 64 MiB
     forget_peak(engine.device)
-    held = torch.ones(2**26)  # 256 MiB
+    held = torch.ones(2**27)  # 512 MiB
     before = peak_memory(engine.device)
     del held
     peak = measure_run(engine, None, 1, None)[0]
-    assert before - 230 * 2**20 < peak < before - 150 * 2**20
+    # 448 MiB less, or 384 where the first pass's memory is given back late.
+    assert before - 480 * 2**20 < peak < before - 350 * 2**20
 
 
 def test_dry_run_prints_config_counts_steps_memory_and_time(data, tmp_path, capsys):

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from zeroi2v.cli import run
 from zeroi2v.data.annotations import Sample, class_names, read_list
-from zeroi2v.data.classes import occurrence, some
+from zeroi2v.data.classes import count_from_one, occurrence, some
 from zeroi2v.data.manifest import (
     VideoFacts,
     inspect_video,
@@ -169,11 +169,11 @@ def label_problems(
 ) -> list[str]:
     """What looks wrong with the labels of a list, for so many classes with these names, if any."""
     counts = Counter(sample.label for sample in samples)
-    low, high, problems = min(counts), max(counts), []
+    high, problems = max(counts), []
     if high >= num_classes:
         problems.append(f"labels must be below {num_classes}: got {high}")
     missing = [label for label in range(num_classes) if label not in counts]
-    if low == 1 and high in (len(counts), num_classes, num_classes - 1):
+    if count_from_one(counts, num_classes):
         problems.append(f"labels go from 1 to {high}: they should count from 0")
     elif missing:
         names = [repr(classes[label]) for label in missing] if classes else missing

@@ -111,13 +111,15 @@ def class_names(source: str | os.PathLike) -> tuple[str, ...]:
 def read_videos(source: str | os.PathLike, root: str | os.PathLike | None = None) -> list[Sample]:
     """The videos of a list, whose labels, if it has any, do not matter: they come back as 0.
 
-    Reads what `read_list` does, and text lists of a path a line. Raises as `read_list`.
+    Reads what `read_list` does, and text lists with lines that are paths alone. Raises as
+    `read_list`.
     """
     source = Path(source).expanduser()
     if not source.is_dir() and read_official(source) is None and source.suffix.lower() != ".csv":
         lines = list(_lines(source))
-        if lines and all(_is_path(line, root) for _, line in lines):
-            return [Sample(_join(root, line, where), 0) for where, line in lines]
+        if any(_is_path(line, root) for _, line in lines):
+            paths = [(w, x if _is_path(x, root) else _split_label(x)[0]) for w, x in lines]
+            return [Sample(_join(root, path, where), 0) for where, path in paths]
     return [replace(sample, label=0) for sample in read_list(source, root)]
 
 
@@ -207,7 +209,7 @@ def _lines(source: Path) -> Iterator[tuple[str, str]]:
 def _read_text(source: Path, root) -> Entries:
     counts = None
     for where, line in _lines(source):
-        path, *label = line.rsplit("\t" if "\t" in line else None, maxsplit=1)
+        path, *label = _split_label(line)
         if not label:
             raise ValueError(f"{where}: must be 'path label': got {line!r}")
         path, numbers = _trailing_numbers(path.rstrip())
@@ -229,6 +231,11 @@ def _read_text(source: Path, root) -> Entries:
                     f"least 1; several labels are not supported: got {line!r}"
                 )
         yield where, Sample(_join(root, path, where), 0, span=span), label[0]
+
+
+def _split_label(line: str) -> list[str]:
+    """A line's path, and its label if it has one: what follows the last tab, or the last space."""
+    return [part.strip() for part in line.rsplit("\t" if "\t" in line else None, maxsplit=1)]
 
 
 def _trailing_numbers(text: str) -> tuple[str, list[int]]:

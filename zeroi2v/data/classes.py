@@ -10,7 +10,7 @@ import difflib
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from zeroi2v.data.official import read_text
@@ -68,7 +68,7 @@ def occurrence(labels: Iterable[int], num_classes: int, classes: Sequence[str] =
     missing = [_called(i, classes) for i in range(num_classes) if i not in counts]
     if missing:
         lines[0] += f"; no video of {some(missing)}"
-    if 0 not in counts and len(counts) > 1:
+    if not classes and count_from_one(counts, num_classes):
         lines.append("labels start at 1: are they counted from 1? The first class is number 0")
     (most, high), (least, low) = counts.most_common()[0], counts.most_common()[-1]
     if high > 5 * low:
@@ -76,6 +76,12 @@ def occurrence(labels: Iterable[int], num_classes: int, classes: Sequence[str] =
             f"uneven: {high} videos of {_called(most, classes)}, {low} of {_called(least, classes)}"
         )
     return lines
+
+
+def count_from_one(labels: Collection[int], num_classes: int) -> bool:
+    """Whether the numbers of a list look as if the first class were number 1."""
+    high = max(labels)
+    return min(labels) == 1 and high in (len(labels), num_classes, num_classes - 1)
 
 
 def some(items: Iterable) -> str:

@@ -8,11 +8,13 @@ by seek    Read all packets without decoding; frame i is the one with the i-th s
            stamp. Then decode only from the keyframe before each wanted frame up to that frame,
            leaving out frames that no other frame refers to.
 
-Seeking is trusted only where a packet is a frame by definition (`SEEKABLE`) and the time stamps
-are complete and different. At the first surprise (an error, a wanted time stamp that never shows
-up, frames out of order, interlaced fields) the file is decoded in order instead. Headers are
-never asked how many frames there are: they lie. (In a damaged file whose decoder drops frames
-without an error, frames found by seeking keep the place that their time stamps give them.)
+Seeking is trusted only where a packet is a frame by definition (`SEEKABLE`), or the bitstream tells
+that it is a hidden one (`bitstream.py`), and the time stamps are complete and different. Packets
+before the first keyframe count for nothing, as a decode gives nothing for them. At the first
+surprise (an error, a wanted time stamp that never shows up, frames out of order, interlaced fields)
+the file is decoded in order instead, and the frames' own time stamps say when they are shown.
+Headers are never asked how many frames there are: they lie. (In a damaged file whose decoder drops
+frames without an error, frames found by seeking keep the place that their time stamps give them.)
 """
 
 from __future__ import annotations

@@ -10,8 +10,10 @@ import av
 import numpy as np
 
 from zeroi2v.data.decode import DecodeError, check_clip_size
+from zeroi2v.data.video_files import IMAGE_SUFFIXES
 
-_IMAGE = re.compile(r"(.*?)(\d+)(\.(?:bmp|jpeg|jpg|png|webp))", re.IGNORECASE)
+_SUFFIX = "|".join(map(re.escape, sorted(IMAGE_SUFFIXES)))
+_IMAGE = re.compile(rf"(.*?)(\d+)({_SUFFIX})", re.IGNORECASE)
 _FLOW = re.compile(r"(flow_?)?[xy]_", re.IGNORECASE)
 
 

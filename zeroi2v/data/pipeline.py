@@ -201,8 +201,9 @@ class ClipLoader:
             if pipeline is not self._pipeline:
                 raise RuntimeError("this epoch ended when another one was begun")
             try:
-                # DALI itself would wait for one that died while it was idle.
-                if not all(child.is_alive() for child in self._children):
+                # DALI itself would wait for one that died while it was idle. Asked by sentinel: a
+                # thread of DALI's reaps its processes, and `is_alive` is wrong while it does so.
+                if wait([child.sentinel for child in self._children], timeout=0):
                     raise RuntimeError("a decoding process was killed")
                 outputs = pipeline.run()
             except StopIteration:

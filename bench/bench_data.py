@@ -277,7 +277,7 @@ def bench_damaged_files_on_a_gpu(damage, tmp_path, store):
     bad.write_bytes(data)
     samples = [Sample(path, 0), Sample(str(bad), 1)] * 4
     config = ModelConfig(num_frames=8, num_classes=2)
-    loader = ClipLoader(samples, config, batch_size=2, mode="val", device="cuda", decoder="dali")
+    loader = ClipLoader(samples, config, batch_size=2, device="cuda", decoder="dali")
     whole, seen = None, []
     for batch in loader.epoch():
         one = batch.video[0].cpu()

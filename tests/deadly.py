@@ -4,16 +4,25 @@ import os
 import signal
 import time
 
-from zeroi2v.data import source
+from zeroi2v.data import source, views
 
 
 class DeadlySource(source.ClipSource):
     """As `ClipSource`, but files named `deadly…` crash their worker and `endless…` hang it."""
 
-    def read(self, sample, key):
+    def read(self, *args):
         if self._is_worker:
             source.read_sample = read_sample
-        return super().read(sample, key)
+        return super().read(*args)
+
+
+class DeadlyViews(views.ViewSource):
+    """The same of a `ViewSource`."""
+
+    def read(self, *args):
+        if self._is_worker:
+            source.read_sample = read_sample
+        return super().read(*args)
 
 
 really_read_sample = source.read_sample

@@ -132,9 +132,7 @@ def test_data_of_ten_files_is_the_same_by_both_decoders(tmp_path):
             samples.append(Sample(write_video(path, coloured(24, size), codec, **options), 0))
     batches, by = {}, {}
     for decoder in ("pyav", "dali"):
-        loader = ClipLoader(
-            samples, video_config(), batch_size=5, mode="val", device=DEVICE, decoder=decoder
-        )
+        loader = ClipLoader(samples, video_config(), batch_size=5, device=DEVICE, decoder=decoder)
         batches[decoder] = torch.cat([batch.video.cpu() for batch in loader.epoch()])
         by[decoder] = dict(loader.decoded_by)
         assert not loader.bad_files

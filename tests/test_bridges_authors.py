@@ -1,15 +1,21 @@
 """Checkpoints of the ZeroI2V authors: all recipes, all their classes, and what fails silently."""
 
 import dataclasses
+import json
 
+import numpy as np
 import pytest
 import torch
 from foreign import CLASSES, authors_config, authors_state, relative, save_authors, trained_model
 from models import build, small_config
+from test_preprocess import mmaction2
+from videos import write_numbered
 
-from zeroi2v import load_foreign, merge, verify
+from zeroi2v import cli, convert, evaluate, load_foreign, merge, verify
 from zeroi2v.bridges.authors import offsets
 from zeroi2v.config import RECIPES, Recipe
+from zeroi2v.data.decode import read_frames
+from zeroi2v.data.sampling import dense_indices, uniform_indices
 from zeroi2v.reparam import seeded_clips
 
 SSV2 = "vit_b16_ssv2_16"
@@ -275,3 +281,50 @@ def test_config_text_is_parsed_and_never_executed(tmp_path):
         with pytest.raises(ValueError, match="model.backbone.heads must be a plain value"):
             load_foreign(path)
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("recipe", ["vit_b16_k400_8x16", "vit_b16_ucf101_32"])
+def test_evaluation_of_a_converted_checkpoint_is_on_the_published_pixels(recipe, tmp_path):
+    """OpenCV's, by MMAction2's rules, with nothing said about them."""
+    trained = trained_model(recipe)
+    path, model = str(saved(tmp_path, trained, recipe)), str(tmp_path / "model")
+    names = [f"{i}.mp4" for i in range(3)]
+    for i, name in enumerate(names):
+        write_numbered(tmp_path / name, 40 + 9 * i, size=(90 + 20 * i, 130))
+    (tmp_path / "list.txt").write_text("".join(f"{name} 0\n" for name in names))
+    assert cli.run(convert.main, [path, "--out", model]) == 0
+    words = [model, "--list", str(tmp_path / "list.txt"), "--root", str(tmp_path)]
+    assert cli.run(evaluate.main, [*words, "--out", str(tmp_path / "eval.json")]) == 0
+    rows = (tmp_path / "eval_predictions.jsonl").read_text().splitlines()
+
+    process, frames = trained.config.preprocess, trained.config.num_frames
+    clips, crops = process.test_views
+    mean, std = np.array([122.769, 116.74, 104.04]), np.array([68.493, 66.63, 70.321])
+    for name, row in zip(names, map(json.loads, rows), strict=True):
+
+        def indices(total):
+            if process.sampling == "uniform":
+                return uniform_indices(total, frames, clips).ravel()
+            return dense_indices(total, frames, process.interval, clips).ravel()
+
+        images = read_frames(str(tmp_path / name), indices)
+        views = np.stack([mmaction2(image, 224, 32, crops) for image in images], axis=1)
+        views = ((views - mean) / std).reshape(crops * clips, frames, 32, 32, 3)
+        video = torch.from_numpy(views.transpose(0, 4, 1, 2, 3)).float()
+        with torch.no_grad():
+            probs = trained(video).softmax(-1).mean(0)
+        assert row["predicted"] == int(probs.argmax())
+        assert row["probability"] == pytest.approx(float(probs.max()), abs=2e-6)
+
+
+def test_how_a_config_resizes_is_taken_over_or_refused(tmp_path):
+    trained = trained_model(SSV2)
+    text = authors_config(trained, SSV2)
+    for kind in ("bilinear", "bicubic", "area"):
+        changed = text.replace("scale=(-1, 224)", f"scale=(-1, 224), interpolation={kind!r}")
+        path = save_authors(tmp_path / f"{kind}.pth", authors_state(trained), changed)
+        if kind == "area":
+            with pytest.raises(ValueError, match="preprocess.interpolation must be.*: got .*area"):
+                load_foreign(path)
+        else:
+            assert load_foreign(path).config.preprocess.interpolation == kind

@@ -63,7 +63,7 @@ def test_packages_are_those_of_setup(monkeypatch):
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
     asked = {requirement.split(";")[0] for requirement in found["install_requires"]}
     assert asked == {name for name, needed_for in PACKAGES.values() if not needed_for}
-    extras = {name for group in found["extras_require"].values() for name in group}
+    extras = {n.split(";")[0] for group in found["extras_require"].values() for n in group}
     assert {name for name, needed_for in PACKAGES.values() if needed_for} <= extras
 
 

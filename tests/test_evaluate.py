@@ -14,7 +14,7 @@ from videos import numbered_frame, write_numbered, write_video
 from zeroi2v import cli, evaluate, figures, merge
 from zeroi2v.checkpoint import load
 from zeroi2v.data.annotations import read_list
-from zeroi2v.data.pipeline import ClipLoader
+from zeroi2v.data.views import ViewLoader
 from zeroi2v.predict import predict_each
 
 LABELS = tuple(f"class {i}" for i in range(11))
@@ -42,9 +42,7 @@ def place(tmp_path_factory):
 
 def loader_for(model, place, list_name="good.txt", views=(2, 3), batch_size=4):
     samples = read_list(place / list_name, place)
-    return samples, ClipLoader(
-        samples, model.config, batch_size=batch_size, mode="test", views=views
-    )
+    return samples, ViewLoader(samples, model.config, batch_size=batch_size, test=True, views=views)
 
 
 def test_metrics_count_by_hand():

@@ -20,7 +20,14 @@ import pytest
 import torch
 from deadly import DeadlySource
 from PIL import Image, ImageEnhance, ImageOps
-from videos import numbered_frame, read_number, write_numbered, write_video
+from videos import (
+    bad_copies,
+    numbered_frame,
+    numbered_samples,
+    read_number,
+    write_numbered,
+    write_video,
+)
 
 from zeroi2v.config import ModelConfig, PreprocessConfig
 from zeroi2v.data import augment as changes
@@ -30,10 +37,8 @@ from zeroi2v.data.decode import DecodeError, read_frames
 from zeroi2v.data.graph import clip_graph
 from zeroi2v.data.nvdec import Capability
 from zeroi2v.data.pipeline import AugmentConfig, ClipLoader, check_bad_files
-from zeroi2v.data.sampling import dense_indices, uniform_indices
 from zeroi2v.data.source import ClipSource
 
-SIZES = ((96, 128), (128, 96), (64, 64), (90, 160))
 FULL = AugmentConfig(erasing=0.5)
 
 
@@ -51,23 +56,12 @@ def config(side=32, frames=4, **process):
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory) -> list[Sample]:
-    """13 made videos of 12 to 24 frames and of four sizes; sample i is of class i % 10."""
-    folder = tmp_path_factory.mktemp("videos")
-    return [
-        Sample(write_numbered(folder / f"{i}.mp4", 12 + i, size=SIZES[i % 4]), i % 10)
-        for i in range(13)
-    ]
+    return numbered_samples(tmp_path_factory.mktemp("videos"))
 
 
 @pytest.fixture(scope="module")
 def bad_samples(samples, tmp_path_factory) -> list[Sample]:
-    """The same with three files that cannot be decoded, at 2, 7 and 11."""
-    folder = tmp_path_factory.mktemp("bad")
-    mixed = list(samples)
-    for i in (2, 7, 11):
-        (folder / f"bad{i}.mp4").write_bytes(b"no video" * i)
-        mixed[i] = Sample(str(folder / f"bad{i}.mp4"), 9)
-    return mixed
+    return bad_copies(samples, tmp_path_factory.mktemp("bad"))
 
 
 def assert_same(left, right):
@@ -214,23 +208,6 @@ def test_a_batch_keeps_its_values_while_later_ones_are_made(samples):
     assert len({batch.video.data_ptr() for batch, _ in copies}) == len(copies)
 
 
-@pytest.mark.parametrize("mode", ["val", "test"])
-def test_shards_of_a_validation_see_each_sample_once_in_order(bad_samples, mode):
-    loaders = [
-        ClipLoader(bad_samples, config(), batch_size=3, mode=mode, rank=rank, world_size=2)
-        for rank in (0, 1)
-    ]
-    batches = [list(loader.epoch()) for loader in loaders]
-    assert [len(b) for b in batches] == [3, 3] == [loader.steps_per_epoch for loader in loaders]
-    index = [i for pair in zip(*batches, strict=True) for b in pair for i in b.index.tolist()]
-    label = [i for pair in zip(*batches, strict=True) for b in pair for i in b.label.tolist()]
-    want = [-1 if i in (2, 7, 11) else i for i in range(13)] + [-1] * 5
-    assert index == want
-    assert label == [-1 if i < 0 else bad_samples[i].label for i in want]
-    bad = loaders[0].bad_files | loaders[1].bad_files
-    assert set(bad) == {bad_samples[i].path for i in (2, 7, 11)}
-
-
 # Frames and preprocessing
 
 
@@ -251,73 +228,6 @@ def test_training_frames_are_those_of_the_published_sampling(tmp_path):
                 segment = 59 / 8
                 for i, frame in enumerate(clip):
                     assert round(segment * i) <= frame <= round(segment * (i + 1))
-
-
-def resized(frame: np.ndarray, short: int) -> np.ndarray:
-    """PIL's bilinear resize, which antialiases as torchvision's does."""
-    height, width = frame.shape[:2]
-    scale = short / min(height, width)
-    size = (max(short, int(width * scale + 0.5)), max(short, int(height * scale + 0.5)))
-    return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BILINEAR), np.float64)
-
-
-def test_validation_equals_an_independent_computation(tmp_path):
-    rng = np.random.default_rng(0)
-    # A smooth random picture: a misplaced crop or a wrong size would show.
-    for height, width in ((96, 128), (162, 90), (24, 30), (64, 64), (50, 301)):
-        noise = Image.fromarray(rng.integers(256, size=(9, 9, 3), dtype=np.uint8))
-        image = np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC))
-        even = (height // 2 * 2, width // 2 * 2)
-        path = write_video(tmp_path / "v.mp4", [image[: even[0], : even[1]]] * 9, qp="1")
-        cfg = config(32, 4)
-        batch = next(iter(ClipLoader([Sample(path, 1)], cfg, batch_size=1, mode="val").epoch()))
-        frames = read_frames(path, lambda n: uniform_indices(n, 4)[0])
-        want = np.stack([resized(frame, 40) for frame in frames])
-        top, left = (want.shape[1] - 32) // 2, (want.shape[2] - 32) // 2
-        want = want[:, top : top + 32, left : left + 32]
-        got = pixels(batch.video[0, 0], cfg.preprocess)
-        assert np.abs(got - want).max() <= 1.01, (height, width)
-        assert np.abs(got - want).mean() < 0.3
-
-
-def test_test_views_are_clip_by_clip_left_centre_right(tmp_path):
-    for height, width in ((64, 200), (200, 64), (64, 64)):
-        ramp = np.linspace(0, 255, max(height, width))
-        plane = np.broadcast_to(ramp, (height, width)) if width >= height else None
-        plane = plane if plane is not None else np.broadcast_to(ramp[:, None], (height, width))
-        image = np.repeat(np.round(plane)[..., None], 3, axis=2).astype(np.uint8)
-        images = [np.clip(image.astype(int) + i, 0, 255).astype(np.uint8) for i in range(30)]
-        path = write_video(tmp_path / "v.mp4", images, qp="1")
-        cfg = config(32, 4, sampling="dense", interval=2, test_short_side=48)
-        loader = ClipLoader([Sample(path, 1)], cfg, batch_size=1, mode="test", views=(3, 3))
-        video = next(iter(loader.epoch())).video
-        assert video.shape == (1, 9, 3, 4, 32, 32)
-        got = pixels(video[0], cfg.preprocess)
-        frames = read_frames(path, lambda n: dense_indices(n, 4, 2, 3))
-        for clip in range(3):
-            want = np.stack([resized(frame, 48) for frame in frames[clip]])
-            free = np.array(want.shape[1:3]) - 32
-            for crop, place in enumerate((0.0, 0.5, 1.0)):
-                top, left = free // 2
-                if width >= height:
-                    left = int(free[1] * place)
-                else:
-                    top = int(free[0] * place)
-                part = want[:, top : top + 32, left : left + 32]
-                assert np.abs(got[clip * 3 + crop] - part).max() <= 1.01, (height, width, crop)
-
-
-def test_pixels_are_normalised_with_the_models_own_mean_and_std(samples):
-    plain = config(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    other = config(mean=(10.0, 20.0, 30.0), std=(2.0, 3.0, 4.0))
-    first, second = (
-        next(iter(ClipLoader(samples, cfg, batch_size=4, mode="val").epoch())).video
-        for cfg in (plain, other)
-    )
-    assert first.min() >= 0 and 200 < first.max() <= 255 and torch.equal(first, first.round())
-    mean = torch.tensor(other.preprocess.mean).view(3, 1, 1, 1)
-    std = torch.tensor(other.preprocess.std).view(3, 1, 1, 1)
-    torch.testing.assert_close(second, (first - mean) / std)
 
 
 # Augmentation
@@ -509,32 +419,6 @@ def test_training_on_bad_files_alone_stops_with_the_reason(bad_samples):
         list(loader.epoch())
 
 
-def test_a_video_over_its_time_limit_is_a_bad_one(samples):
-    loader = ClipLoader(samples, config(), batch_size=13, mode="val", timeout=1e-9)
-    (batch,) = loader.epoch()
-    assert (batch.index == -1).all()
-    assert all("longer" in reason and "limit of 1e-09 s" in reason for reason in
-               loader.bad_files.values()) and len(loader.bad_files) == 13  # fmt: skip
-
-
-def test_a_file_that_vanishes_or_changes_during_a_run_is_a_bad_one(samples, tmp_path):
-    paths = [shutil.copy(samples[i].path, tmp_path / f"{i}.mp4") for i in range(4)]
-    for cache in (None, str(tmp_path / "cache")):
-        loader = ClipLoader(
-            [Sample(str(p), 0) for p in paths], config(), batch_size=4, mode="val", cache=cache
-        )
-        (batch,) = loader.epoch()
-        assert batch.index.tolist() == [0, 1, 2, 3]
-        content = [path.read_bytes() for path in paths]
-        paths[1].unlink()
-        paths[2].write_bytes(content[2][: len(content[2]) // 3])
-        (batch,) = loader.epoch()
-        assert batch.index.tolist() == [0, -1, -1, 3]
-        assert set(loader.bad_files) == {str(paths[1]), str(paths[2])}
-        for path, data in zip(paths, content, strict=True):
-            path.write_bytes(data)
-
-
 def test_the_cache_gives_the_same_batches_without_decoding_again(
     bad_samples, tmp_path, monkeypatch
 ):
@@ -574,18 +458,6 @@ def test_too_many_bad_files_stop_a_run_with_the_list():
         check_bad_files(bad, total=199, max_bad_fraction=0.01)
 
 
-def test_parts_of_one_bad_file_are_bad_each_with_its_reason(samples):
-    parts = [dataclasses.replace(samples[0], start=s, end=s + 1.0) for s in (0.0, 50.0, 60.0)]
-    loader = ClipLoader(parts, config(), batch_size=3, mode="val")
-    (batch,) = loader.epoch()
-    assert batch.index.tolist() == [0, -1, -1]
-    assert [name.removeprefix(parts[0].path) for name in loader.bad_files] == [
-        " (from 50.0 to 51.0 s)", " (from 60.0 to 61.0 s)",
-    ]  # fmt: skip
-    for start, reason in zip((50.0, 60.0), loader.bad_files.values(), strict=True):
-        assert f"has no frame from {start} to {start + 1} s" in reason
-
-
 def test_training_on_every_file_there_is_ends_and_names_the_damaged(clips):
     files = sorted(
         str(path)
@@ -611,15 +483,11 @@ def test_training_on_every_file_there_is_ends_and_names_the_damaged(clips):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(mode="eval"), "mode must be 'train', 'val' or 'test': got 'eval'"),
         (dict(batch_size=0), "batch_size must be at least 1: got 0"),
         (dict(accumulation=0), "accumulation must be at least 1: got 0"),
         (dict(rank=2, world_size=2), r"rank must be in 0..world_size-1: got 2 of 2"),
         (dict(timeout=0), "timeout must be positive: got 0"),
         (dict(workers=-1), "workers must not be negative: got -1"),
-        (dict(mode="test", views=(1, 2)), r"views must be \(clips >= 1, crops 1 or 3\): got"),
-        (dict(views=(2, 1)), r"views must be \(1, 1\) in mode 'train': got \(2, 1\)"),
-        (dict(mode="val", augment=FULL), "augment and accumulation are for mode 'train'"),
         (dict(batch_size=14), "samples must fill one step of 14 clips: got 13"),
     ],
 )

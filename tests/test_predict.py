@@ -15,7 +15,7 @@ from videos import write_numbered
 from zeroi2v import cli, predict
 from zeroi2v.checkpoint import load, weights_hash
 from zeroi2v.data.annotations import Sample
-from zeroi2v.data.pipeline import ClipLoader
+from zeroi2v.data.views import ViewLoader
 from zeroi2v.evaluate import predict_views
 
 LABELS = tuple(f"class {i}" for i in range(11))
@@ -42,7 +42,7 @@ def test_probabilities_are_those_of_evaluation(place):
     results = predict.predict(model, paths, topk=11)
     samples = [Sample(path, 0) for path in paths]
     views = model.config.preprocess.test_views
-    loader = ClipLoader(samples, model.config, batch_size=2, mode="test", views=views)
+    loader = ViewLoader(samples, model.config, batch_size=2, test=True, views=views)
     _, probs = predict_views(model, loader, "cpu")
     assert [result["path"] for result in results] == paths
     for result, row in zip(results, probs, strict=True):

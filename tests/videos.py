@@ -6,6 +6,8 @@ from pathlib import Path
 import av
 import numpy as np
 
+from zeroi2v.data.annotations import Sample
+
 
 def numbered_frame(number: int, height: int, width: int) -> np.ndarray:
     """A grey frame with `number` as 8 black or white bars, readable after lossy coding."""
@@ -64,3 +66,21 @@ def hide_frame(source: str, path: Path, number: int) -> str:
             packet.pts, packet.dts, packet.is_keyframe = old.pts, old.dts, old.is_keyframe
             container.mux(packet)
     return str(path)
+
+
+def numbered_samples(folder) -> list[Sample]:
+    """13 made videos of 12 to 24 frames and of four sizes; sample i is of class i % 10."""
+    sizes = ((96, 128), (128, 96), (64, 64), (90, 160))
+    return [
+        Sample(write_numbered(folder / f"{i}.mp4", 12 + i, size=sizes[i % 4]), i % 10)
+        for i in range(13)
+    ]
+
+
+def bad_copies(samples: list[Sample], folder) -> list[Sample]:
+    """The same with three files that cannot be decoded, at 2, 7 and 11."""
+    mixed = list(samples)
+    for i in (2, 7, 11):
+        (folder / f"bad{i}.mp4").write_bytes(b"no video" * i)
+        mixed[i] = Sample(str(folder / f"bad{i}.mp4"), 9)
+    return mixed

@@ -24,6 +24,7 @@ from zeroi2v.data.classes import occurrence, read_labels, some
 from zeroi2v.data.manifest import use_manifest
 from zeroi2v.data.pipeline import ClipLoader, check_bad_files
 from zeroi2v.data.video_files import left_out
+from zeroi2v.data.views import ViewLoader
 from zeroi2v.model import Block, VideoViT
 
 
@@ -35,7 +36,7 @@ class Job:
     device: torch.device
     model: VideoViT
     loader: ClipLoader
-    val_loader: ClipLoader | None
+    val_loader: ViewLoader | None
     samples: list[Sample]
     val_samples: list[Sample]
     record: dict[str, Any] | None
@@ -68,23 +69,25 @@ def prepare(config: RunConfig, device: torch.device, keep: ExitStack | None) -> 
         raise ValueError("run.wandb needs the package wandb: pip install wandb")
     video = config.model.video
     workers = default_workers(device) if data.workers is None else data.workers
-    common = dict(
+    shared = dict(
         batch_size=optim.clips_at_once(world_size),
         rank=rank,
         world_size=world_size,
         workers=workers,
         device=str(device),
-        seed=config.run.seed,
         timeout=data.timeout,
         cache=data.cache,
-        decoder=data.decoder,
     )
     loader = ClipLoader(
-        samples, video, mode="train", augment=config.augment, accumulation=accumulation, **common
+        samples,
+        video,
+        augment=config.augment,
+        accumulation=accumulation,
+        seed=config.run.seed,
+        decoder=data.decoder,
+        **shared,
     )
-    # Validated on the very pixels that `evaluate` sees, which knows of no manifest.
-    common["decoder"] = "pyav"
-    val_loader = ClipLoader(val_samples, video, mode="val", **common) if val_samples else None
+    val_loader = ViewLoader(val_samples, video, **shared) if val_samples else None
     torch.manual_seed(config.run.seed)
     model = VideoViT(video)
     if config.model.backbone is not None:

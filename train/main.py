@@ -67,7 +67,8 @@ from zeroi2v.checkpoint import save as save_folder
 from zeroi2v.checkpoint import write_whole
 from zeroi2v.cli import run
 from zeroi2v.data.annotations import Sample
-from zeroi2v.data.pipeline import Batch, ClipLoader, check_bad_files
+from zeroi2v.data.pipeline import ClipLoader, check_bad_files
+from zeroi2v.data.views import Batch, ViewLoader
 from zeroi2v.evaluate import metrics, predict_views
 from zeroi2v.extras import require
 from zeroi2v.model import VideoViT
@@ -83,7 +84,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dry-run", action="store_true", help="check, measure a few steps, end")
     parser.add_argument("--local_rank", "--local-rank", help="set by launchers; not needed")
     args = parser.parse_intermixed_args(argv)
-    require("training", "deepspeed", "tensorboard", "jinja2", "psutil")
+    require("training", "nvidia.dali", "deepspeed", "tensorboard", "jinja2", "psutil")
     device = start_processes()
     status = 0
     try:
@@ -205,7 +206,7 @@ def train(job: Job, signals: StopSignals) -> int:
         say(f"validation  top-1 {progress.top1:.2f} % after step {progress.step} ({best})")
         return 0
 
-    def report_bad_files(kind: str, loader: ClipLoader, samples: list[Sample]) -> None:
+    def report_bad_files(kind: str, loader: ClipLoader | ViewLoader, samples: list[Sample]) -> None:
         """Names each undecodable video, or part of one, once; too many of them end the run."""
         known, total = progress.bad_files[kind], len(samples)
         found = {name: reason for part in gather(loader.bad_files) for name, reason in part.items()}

@@ -30,7 +30,9 @@ def model_card(config: ModelConfig, files: dict[str, str]) -> str:
         "model": f"CLIP ViT: width {config.width}, depth {config.depth}, {config.num_heads} heads, "
         f"patch {config.patch_size}",
         "input": f"{config.num_frames} frames of {config.image_size} px, sampled {sampling}",
-        "pixels": f"RGB in 0..255, mean {_rounded(pixels.mean)}, std {_rounded(pixels.std)}",
+        "pixels": f"RGB in 0..255, resized {pixels.interpolation}"
+        + (", antialiased" if pixels.antialias else " without antialiasing")
+        + f", mean {_rounded(pixels.mean)}, std {_rounded(pixels.std)}",
         "test views": f"{pixels.test_views[0]} clips x {pixels.test_views[1]} crops, short side "
         f"{pixels.test_short_side} px",
         "classes": f"{config.num_classes}" + (", names in config.json" if config.labels else ""),

@@ -57,6 +57,11 @@ class PreprocessConfig:
     test_short_side: int | None = None
     """Short side, in pixels, a video is resized to before the test crops; None: the model's image
     size, as published."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """How frames are resized."""
+    antialias: bool = False
+    """Whether pixels are averaged where frames become smaller, as PIL does; OpenCV, which resized
+    the frames that the published models were trained on, does not."""
     test_views: tuple[int, int] = (3, 1)
     """Clips per video and crops per clip in tests: 1 crop (centre) or 3 along the long side."""
 
@@ -68,6 +73,12 @@ class PreprocessConfig:
             self.sampling,
         )
         _require(self.interval >= 1, "preprocess.interval", "must be at least 1", self.interval)
+        _require(
+            self.interpolation in ("bilinear", "bicubic"),
+            "preprocess.interpolation",
+            "must be 'bilinear' or 'bicubic'",
+            self.interpolation,
+        )
         _require(all(s > 0 for s in self.std), "preprocess.std", "must be positive", self.std)
         clips, crops = self.test_views
         _require(

@@ -35,7 +35,7 @@ PACKAGES = {  # module: (requirement, what needs it; empty: everything)
     "av": ("av>=15", ""),
     "matplotlib": ("matplotlib>=3.8", ""),
     "PIL": ("pillow", ""),
-    "nvidia.dali": ("nvidia-dali-cuda130>=2.4", ""),
+    "nvidia.dali": ("nvidia-dali-cuda130>=2.4", "training"),
     "deepspeed": ("deepspeed>=0.19", "training"),
     "tensorboard": ("tensorboard>=2.16", "training"),
     "jinja2": ("jinja2>=3", "training"),

@@ -26,8 +26,8 @@ from zeroi2v.checkpoint import check_writable, fetch, model_folder, write_whole
 from zeroi2v.cli import run
 from zeroi2v.data.annotations import Sample, read_list
 from zeroi2v.data.classes import occurrence, some
-from zeroi2v.data.pipeline import ClipLoader
 from zeroi2v.data.video_files import left_out
+from zeroi2v.data.views import ViewLoader
 from zeroi2v.deployed import load_deployed
 from zeroi2v.figures import draw_confusion
 from zeroi2v.model import VideoViT
@@ -45,7 +45,7 @@ def predict_views(
 
     Args:
         model: maps video [B, 3, T, H, W] to logits [B, K]; put in eval mode for the call.
-        loader: a `ClipLoader` in mode "val" or "test"; one epoch of it is read.
+        loader: a `ViewLoader`; one epoch of it is read.
         device: where the model is; clips are moved there.
         dtype: of the clips given to the model; None takes that of the model's parameters.
         progress: called after each batch with the number of videos it held.
@@ -148,14 +148,14 @@ def main(argv: list[str]) -> None:
     views = config.preprocess.test_views if args.views is None else parse_views(args.views)
     samples = read_list(args.list, args.root, config.num_classes, config.labels)
     out = None if args.out is None else check_output_file(args.out)
-    loader = ClipLoader(
+    loader = ViewLoader(
         samples,
         config,
         batch_size=args.batch_size,
-        mode="test",
+        test=True,
         views=views,
         workers=default_workers(device) if args.workers is None else args.workers,
-        device=str(device),
+        device=device,
     )
 
     started = time.perf_counter()

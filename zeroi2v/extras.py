@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 EXTRAS = {
-    **dict.fromkeys(("deepspeed", "tensorboard", "jinja2", "psutil"), "train"),
+    **dict.fromkeys(("nvidia.dali", "deepspeed", "tensorboard", "jinja2", "psutil"), "train"),
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export"),
 }
 
@@ -13,7 +13,11 @@ EXTRAS = {
 def require(purpose: str, *packages: str) -> None:
     """Raises ValueError, with the line that installs it, if one of the packages is not there."""
     for package in packages:
-        if find_spec(package) is None:
+        try:
+            found = find_spec(package) is not None
+        except ModuleNotFoundError:  # what a package lies in is not there
+            found = False
+        if not found:
             raise ValueError(
                 f"{purpose} needs the package {package}: pip install 'zeroi2v[{EXTRAS[package]}]'"
             )

@@ -32,8 +32,8 @@ from zeroi2v.checkpoint import check_writable, fetch, write_whole
 from zeroi2v.cli import run
 from zeroi2v.data.annotations import Sample, read_videos
 from zeroi2v.data.classes import some
-from zeroi2v.data.pipeline import ClipLoader
 from zeroi2v.data.video_files import find_videos
+from zeroi2v.data.views import ViewLoader
 from zeroi2v.deployed import load_deployed
 from zeroi2v.evaluate import default_device, default_workers, predict_views
 from zeroi2v.model import VideoViT
@@ -86,14 +86,14 @@ def predict_each(
     config = model.config
     parameter = next(model.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
-    loader = ClipLoader(
+    loader = ViewLoader(
         samples,
         config,
         batch_size=min(8, len(samples)),
-        mode="test",
+        test=True,
         views=config.preprocess.test_views if views is None else views,
         workers=default_workers(device) if len(samples) > 32 else 0,
-        device=str(device),
+        device=device,
     )
     dtype = None if isinstance(model, VideoViT) else torch.float32  # what deployed models take
     done = 0

@@ -245,10 +245,10 @@ def _adapter_sizes(model: nn.Module) -> list[int]:
 def _video_clips(model: VideoViT, source: str, root: str | None) -> Tensor:
     """The first view of up to 8 videos of a list, `[n, 3, T, H, W]`."""
     from zeroi2v.data.annotations import read_videos
-    from zeroi2v.data.pipeline import ClipLoader
+    from zeroi2v.data.views import ViewLoader
 
     samples = read_videos(source, root or Path(source).parent)[:8]
-    loader = ClipLoader(samples, model.config, batch_size=1, mode="val")
+    loader = ViewLoader(samples, model.config, batch_size=1)
     clips = [batch.video[:, 0] for batch in loader.epoch() if batch.index[0] >= 0]
     if not clips:
         raise ValueError(f"--clips must hold a video that can be decoded: got {source}")

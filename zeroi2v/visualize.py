@@ -33,7 +33,7 @@ from zeroi2v_kernels.stdha import source_frames
 from zeroi2v.checkpoint import fetch, load, model_folder
 from zeroi2v.cli import run
 from zeroi2v.data.annotations import Sample
-from zeroi2v.data.pipeline import ClipLoader
+from zeroi2v.data.views import ViewLoader
 from zeroi2v.evaluate import default_device
 from zeroi2v.model import VideoViT
 from zeroi2v.strips import Row, draw_grid, draw_strip
@@ -86,7 +86,7 @@ class Clip:
 
 def read_clip(model: VideoViT, path: str) -> Clip:
     """The clip that validation would take of video `path`. Raises ValueError if it has none."""
-    loader = ClipLoader([Sample(path, 0)], model.config, batch_size=1, mode="val")
+    loader = ViewLoader([Sample(path, 0)], model.config, batch_size=1)
     video = next(iter(loader.epoch())).video[:, 0]
     if loader.bad_files:
         raise ValueError(f"can't be decoded: {loader.bad_files[path]}")

@@ -285,7 +285,10 @@ def _preprocessing(config: dict[str, Any], where: str) -> dict[str, Any]:
         return fields
     clips = (steps.get("SampleFrames") or steps["UniformSample"]).get("num_clips", 1)
     fields["preprocess.test_views"] = [clips, 3 if "ThreeCrop" in steps else 1]
-    scale = steps.get("Resize", {}).get("scale")
+    resize = steps.get("Resize", {})
+    if "interpolation" in resize:
+        fields["preprocess.interpolation"] = resize["interpolation"]
+    scale = resize.get("scale")
     if isinstance(scale, tuple | list) and len(scale) == 2 and scale[0] == -1:
         fields["preprocess.test_short_side"] = scale[1]
     return fields

@@ -17,7 +17,7 @@ _GREY = 128  # fills what an operation uncovers or erases, as published
 
 @pipeline_def(enable_conditionals=True)
 def clip_graph(source: ClipSource, plan: ClipPlan, gpu: bool, parallel: bool):
-    """Outputs the reports of `source`, then float32 [3, clips * T, H, W] for each crop."""
+    """Outputs the reports of `source`, and clips float32 [3, T, H, W]."""
     config, augment = plan.config, plan.augment
     dtypes = [types.UINT8, types.INT32, types.UINT8]
     if plan.cutter is not None:
@@ -29,7 +29,7 @@ def clip_graph(source: ClipSource, plan: ClipPlan, gpu: bool, parallel: bool):
     workers = {}
     if parallel:
         # A clip larger than the hint makes DALI's shared memory grow.
-        clip_bytes = plan.views[0] * config.num_frames * 256 * 344 * 3
+        clip_bytes = config.num_frames * 256 * 344 * 3
         workers = dict(parallel=True, prefetch_queue_depth=2, bytes_per_sample_hint=clip_bytes)
     report, geometry, frames, *draws = fn.external_source(
         source,
@@ -48,7 +48,9 @@ def clip_graph(source: ClipSource, plan: ClipPlan, gpu: bool, parallel: bool):
         else:
             frames = _identity(frames)
     size = fn.cast(geometry[0], dtype=types.FLOAT)
-    frames = fn.resize(frames, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
+    process = config.preprocess
+    kind = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}[process.interpolation]
+    frames = fn.resize(frames, size=size, interp_type=kind, antialias=process.antialias)
     mirror = 0
     if augment:
         mirror = draws.pop(0)
@@ -59,20 +61,16 @@ def clip_graph(source: ClipSource, plan: ClipPlan, gpu: bool, parallel: bool):
         if augment.erasing:
             corner, shape = draws[0][0], draws[0][1]
             frames = fn.erase(frames, anchor=corner, shape=shape, axis_names="HW", fill_value=_GREY)
-    outputs = [report]
-    for crop in range(1 if plan.views[1] == 1 else 3):
-        side = config.image_size
-        view = fn.slice(frames, geometry[1 + crop], [side, side], axis_names="HW")
-        view = fn.crop_mirror_normalize(
-            view,
-            mirror=mirror,
-            mean=list(config.preprocess.mean),
-            std=list(config.preprocess.std),
-            output_layout="CFHW",
-            dtype=types.FLOAT,
-        )
-        outputs.append(view)
-    return tuple(outputs)
+    frames = fn.slice(frames, geometry[1], [config.image_size] * 2, axis_names="HW")
+    clips = fn.crop_mirror_normalize(
+        frames,
+        mirror=mirror,
+        mean=list(process.mean),
+        std=list(process.std),
+        output_layout="CFHW",
+        dtype=types.FLOAT,
+    )
+    return report, clips
 
 
 def _decode(data, picks, colours, box, gpu: bool):

@@ -1,4 +1,4 @@
-"""Batches of clips: one DALI graph for both devices, fed by workers that decode with PyAV.
+"""Batches of training clips: one DALI graph for both devices, fed by workers that decode by PyAV.
 
 A worker (`source.py`) chooses frames, draws the augmentation, and decodes; on a GPU it may leave
 decoding to DALI and hand over the packets that the frames are in (`gop.py`). The graph (`graph.py`)
@@ -11,8 +11,9 @@ import json
 import multiprocessing
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing.connection import wait
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,11 @@ from zeroi2v.config import ModelConfig
 from zeroi2v.data.annotations import Sample
 from zeroi2v.data.augment import AugmentConfig
 from zeroi2v.data.gop import DALI_CPU, nvdec
-from zeroi2v.data.graph import clip_graph
 from zeroi2v.data.mixing import mix
 from zeroi2v.data.nvdec import capabilities
 from zeroi2v.data.rescue import find_fatal_files, without_main_program
 from zeroi2v.data.source import ClipPlan, ClipSource
+from zeroi2v.data.views import Batch, check_arguments
 
 DECODERS = ("auto", "dali", "pyav")
 _PREFETCH = 2
@@ -35,30 +36,13 @@ _PREFETCH = 2
 __all__ = ["DECODERS", "AugmentConfig", "Batch", "ClipLoader", "check_bad_files"]
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """One micro-batch of clips."""
-
-    video: torch.Tensor
-    """Normalised pixels, float32 [B, V, 3, T, H, W]; views are clip-major, V = 1 to train."""
-    label: torch.Tensor
-    """Class, int64 [B], after mirroring where that changes it; -1 where `index` is."""
-    index: torch.Tensor
-    """Position in `samples`, int64 [B]; -1 for padding and for videos that cannot be decoded."""
-    target: torch.Tensor
-    """What the clips are to be taken for: `label`; where clips are mixed, class probabilities,
-    float32 [B, num_classes]."""
-
-
 class ClipLoader:
-    """Batches of clips from a list of videos, for training, validation or test.
+    """Batches of training clips from a list of videos.
 
-    `train`: an epoch is `steps_per_epoch` steps of `accumulation` micro-batches; clips are
-    shuffled, start at random frames, and are changed at random if `augment` is given. Step s
-    takes the same clips however many processes share it. A bad video is replaced by another.
-    `val`: one clip, centre crop after resizing to `val_short_side`. `test`: `views` = (clips,
-    crops) after resizing to `test_short_side`. Both take every sample once, in order, shared
-    among the processes; the last batches are padded, and bad videos marked, with index -1.
+    An epoch is `steps_per_epoch` steps of `accumulation` micro-batches; clips are shuffled, start
+    at random frames, and are changed at random if `augment` is given; if not, they are the centre
+    crop after resizing to `val_short_side`. Step s takes the same clips however many processes
+    share it. A bad video is replaced by another.
 
     `batch_size` is the micro-batch of this process. `workers` decode in processes of their own
     (0: in this one), which live as long as the loader; one epoch is read at a time. `device` is
@@ -80,8 +64,6 @@ class ClipLoader:
         config: ModelConfig,
         *,
         batch_size: int,
-        mode: str = "train",
-        views: tuple[int, int] = (1, 1),
         augment: AugmentConfig | None = None,
         seed: int = 0,
         rank: int = 0,
@@ -93,23 +75,9 @@ class ClipLoader:
         cache: str | None = None,
         decoder: str = "auto",
     ):
-        if mode not in ("train", "val", "test"):
-            raise ValueError(f"mode must be 'train', 'val' or 'test': got {mode!r}")
-        for name, value in (("batch_size", batch_size), ("accumulation", accumulation)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1: got {value}")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be in 0..world_size-1: got {rank} of {world_size}")
-        if workers < 0:
-            raise ValueError(f"workers must not be negative: got {workers}")
-        if timeout is not None and not timeout > 0:
-            raise ValueError(f"timeout must be positive: got {timeout}")
-        if views[0] < 1 or views[1] not in (1, 3):
-            raise ValueError(f"views must be (clips >= 1, crops 1 or 3): got {views}")
-        if mode != "test" and tuple(views) != (1, 1):
-            raise ValueError(f"views must be (1, 1) in mode {mode!r}: got {views}")
-        if mode != "train" and (augment is not None or accumulation != 1):
-            raise ValueError(f"augment and accumulation are for mode 'train': got mode {mode!r}")
+        check_arguments(batch_size, rank, world_size, workers, timeout)
+        if accumulation < 1:
+            raise ValueError(f"accumulation must be at least 1: got {accumulation}")
         if augment is not None and augment.mixes and batch_size % 2:
             raise ValueError(f"batch_size must be even with mixup or cutmix: got {batch_size}")
         if decoder not in DECODERS:
@@ -128,8 +96,6 @@ class ClipLoader:
         self.plan = ClipPlan(
             samples=list(samples),
             config=config,
-            mode=mode,
-            views=tuple(views),
             augment=augment,
             seed=seed,
             batch_size=batch_size,
@@ -158,7 +124,7 @@ class ClipLoader:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of a training epoch; batches of a validation or test."""
+        """Optimizer steps of an epoch."""
         return self.plan.steps
 
     @property
@@ -214,10 +180,11 @@ class ClipLoader:
             if outputs is not None:
                 yield self._batch(epoch, micro_batch, *outputs)
                 micro_batch += 1
-        # Tests do not depend on the epoch: any may follow.
-        self._next_epoch = epoch + 1 if self.plan.mode == "train" else 0
+        self._next_epoch = epoch + 1
 
     def _build(self, plan: ClipPlan, epoch: int, micro_batch: int, workers: int):
+        from zeroi2v.data.graph import clip_graph  # takes DALI to be installed
+
         gpu = self.device.type == "cuda"
         device_id = self.device.index if gpu else None
         if gpu and device_id is None:
@@ -259,7 +226,11 @@ class ClipLoader:
             outputs = careful.run()
             micro_batch += 1
         else:
-            ahead = range(micro_batch, micro_batch + 1 + 2 * _PREFETCH)
+            ahead = [
+                SimpleNamespace(epoch_idx=0, iteration=number, idx_in_batch=row)
+                for number in range(micro_batch, micro_batch + 1 + 2 * _PREFETCH)
+                for row in range(self.plan.batch_size)
+            ]
             fatal = find_fatal_files(ClipSource(self.plan, epoch, 0), ahead) if died else {}
             if not fatal and (not died or self._tried_again == (epoch, micro_batch)):
                 raise error
@@ -268,28 +239,21 @@ class ClipLoader:
         self._pipeline = self._build(self.plan, epoch, micro_batch, self.workers)
         return outputs
 
-    def _batch(self, epoch: int, micro_batch: int, reports, *crops) -> Batch:
+    def _batch(self, epoch: int, micro_batch: int, reports, clips) -> Batch:
         plan = self.plan
         reports = [json.loads(bytes(np.array(reports.at(i)))) for i in range(plan.batch_size)]
         for report in reports:
             self.bad_files.update(report["bad"])
             self.decoded_by["dali" if report["is_cut"] else "pyav"] += report["index"] >= 0
         index = torch.tensor([report["index"] for report in reports])
-        if plan.mode == "train" and (index < 0).any():
+        if (index < 0).any():
             raise ValueError(
                 f"samples must hold videos that decode: got {len(self.bad_files)} bad ones, "
                 f"such as {next(iter(self.bad_files.values()))}"
             )
         label = torch.tensor([report["label"] for report in reports])
-        clips, num_frames = plan.views[0], plan.config.num_frames
         # Not copied: DALI keeps its hands off memory that a tensor still holds.
-        views = [torch.from_dlpack(crop.as_tensor()) for crop in crops]
-        if len(views) == clips == 1:
-            video = views[0].unsqueeze(1)  # [B, 1, 3, T, H, W]
-        else:
-            views = [view.unflatten(2, (clips, num_frames)) for view in views]
-            video = torch.stack(views, dim=1)  # [B, crops, 3, clips, T, H, W]
-            video = video.permute(0, 3, 1, 2, 4, 5, 6).flatten(1, 2).contiguous()
+        video = torch.from_dlpack(clips.as_tensor()).unsqueeze(1)  # [B, 1, 3, T, H, W]
         target = label
         if plan.augment is not None and plan.augment.mixes:
             first = plan.position(micro_batch)

@@ -5,26 +5,26 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from multiprocessing.connection import Connection
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
+from typing import Any
 
-from zeroi2v.data.source import ClipSource
+from zeroi2v.data.source import FrameReader
 
 
-def find_fatal_files(source: ClipSource, micro_batches: range) -> dict[str, str]:
-    """Makes the clips of `source` again, in a process of their own, until it survives them all.
+def find_fatal_files(source: FrameReader, tasks: Iterable[Any]) -> dict[str, str]:
+    """Has `source` called with each task, in a process of its own, until that survives them all.
 
-    Returns path -> reason of each file at which it died; they are left out once they are known.
+    Returns path -> reason of each file at which it died, which `source.fatal` holds as well.
     """
     fatal: dict[str, str] = {}
     spawn = multiprocessing.get_context("spawn")
     while True:
-        source.plan = replace(source.plan, fatal=source.plan.fatal | fatal)
+        source.fatal = source.fatal | fatal
         ours, theirs = spawn.Pipe()
-        process = spawn.Process(target=_make_clips, args=(micro_batches, theirs))
+        process = spawn.Process(target=_make_clips, args=(list(tasks), theirs))
         with without_main_program():
             process.start()
         theirs.close()
@@ -41,21 +41,20 @@ def find_fatal_files(source: ClipSource, micro_batches: range) -> dict[str, str]
         fatal[path] = f"{path}: {how} the decoder"
 
 
-def _make_clips(micro_batches: range, connection: Connection) -> None:
+def _make_clips(tasks: list, connection: Connection) -> None:
     source = connection.recv()
     read = source.read
 
-    def announced(sample, key):
+    def announced(sample, *args):
         connection.send(sample.path)
-        return read(sample, key)
+        return read(sample, *args)
 
     source.read = announced
-    for micro_batch in micro_batches:
-        for row in range(source.plan.batch_size):
-            try:
-                source(SimpleNamespace(epoch_idx=0, iteration=micro_batch, idx_in_batch=row))
-            except StopIteration:
-                return
+    for task in tasks:
+        try:
+            source(task)
+        except StopIteration:  # the epoch's end
+            return
 
 
 @contextmanager

@@ -8,17 +8,23 @@ import sys
 import warnings
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from foreign import relative
 from models import build, small_config
 from safetensors import safe_open
 from safetensors.torch import load_file
+from test_preprocess import mmaction2
+from videos import write_numbered
 
-from zeroi2v import merge
+from zeroi2v import evaluate, merge
 from zeroi2v.checkpoint import save
+from zeroi2v.cli import run
+from zeroi2v.config import PreprocessConfig
 from zeroi2v.deployed import CONFIG_KEY, ExportedModel, OnnxModel, load_deployed
 from zeroi2v.export import check_export_path, export, main, program
+from zeroi2v.predict import predict
 from zeroi2v.reparam import seeded_clips
 
 pytest.importorskip("onnxscript", reason="ONNX is not installed: pip install zeroi2v[export]")
@@ -102,6 +108,51 @@ def test_vit_of_another_lineage_is_exported_like_clip(format, dtype, tmp_path):
     clips = seeded_clips(model, 2)
     with torch.no_grad():
         assert relative(load_deployed(path)(clips), model(clips)) <= (3e-2 if dtype else 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+@pytest.mark.parametrize("suffix", SIDES.values())
+def test_file_with_its_preprocessing_takes_frames_of_any_size(suffix, dtype, tmp_path):
+    """It gives what the model gives on MMAction2's pixels, and `predict` and `evaluate` take it."""
+    place = tmp_path / "place"
+    place.mkdir()
+    config = small_config("vit_b16_k400_8x16", depth=2)
+    process = dataclasses.replace(config.preprocess, test_views=(2, 3), test_short_side=40)
+    model = merge(build(dataclasses.replace(config, preprocess=process)))
+    model.save_pretrained(place / "merged")
+    format = {v: k for k, v in SIDES.items()}[suffix]
+    out, path = place / f"model.{suffix}", str(place / "merged")
+    words = [path, "--format", format, "--out", str(out), "--with-preprocess"]
+    main(words + (["--dtype", "fp16"] if dtype else []))
+    written, near = load_deployed(out), 1e-4 if dtype is None else 2e-2
+    rng = np.random.default_rng(0)
+    mean, std = np.array(process.mean), np.array(process.std)
+    for batch, height, width in ((1, 50, 90), (3, 77, 40), (2, 33, 33)):
+        frames = rng.integers(0, 256, (batch, 8, height, width, 3), dtype=np.uint8)
+        views = np.stack([[mmaction2(f, 40, 32, 3) for f in clip] for clip in frames], axis=1)
+        views = torch.from_numpy((views - mean) / std).float()  # [8, B, 3, side, side, RGB]
+        with torch.no_grad():
+            probs = [model(views[:, b].permute(1, 4, 0, 2, 3)) for b in range(batch)]
+            want = torch.stack([logits.softmax(-1).mean(0) for logits in probs])
+            assert relative(written(torch.from_numpy(frames)), want) <= near
+    for i in range(3):
+        write_numbered(place / f"{i}.mp4", 60, size=(50 + 20 * i, 70))
+    (place / "list.txt").write_text("0.mp4 0\n1.mp4 1\n2.mp4 2\n")
+    lines = []
+    for source, workers in ((path, 0), (str(out), 0), (str(out), 2)):
+        done = tmp_path / f"{len(lines)}.json"
+        words = [source, "--list", str(place / "list.txt"), "--root", str(place)]
+        assert run(evaluate.main, [*words, "--workers", str(workers), "--out", str(done)]) == 0
+        rows = done.with_name(f"{done.stem}_predictions.jsonl").read_text().splitlines()
+        lines.append([json.loads(row) for row in rows])
+    for native, *others in zip(*lines, strict=True):
+        for other in others:
+            assert other["top5"] == native["top5"] or dtype
+            assert other["probability"] == pytest.approx(native["probability"], rel=near)
+    assert run(evaluate.main, [*words, "--views", "2x1"]) == 1
+    one = predict(written, [str(place / "0.mp4")], topk=1)[0]["topk"][0]
+    assert one["index"] == lines[1][0]["predicted"]
+    assert one["probability"] == pytest.approx(lines[1][0]["probability"], abs=1e-5)
 
 
 def test_program_holds_no_adapter_and_moves_the_shifted_heads_alone(merged):
@@ -195,11 +246,15 @@ def copy_of(model):
 
 def test_bad_arguments_are_one_line_before_work(merged, tmp_path):
     adapted = build(small_config(depth=1))
+    process = PreprocessConfig(antialias=True)
+    antialiased = build(small_config(depth=1, adapter=None, preprocess=dataclasses.asdict(process)))
     for arguments, rule in (
         ((adapted, "onnx", tmp_path / "m.onnx"), "model must be merged: it has adapters"),
         ((merged, "onnx", tmp_path / "m.pt2"), r"--out must end in .onnx for format onnx"),
         ((merged, "tflite", tmp_path / "m"), "format must be one of onnx, torch-export, clip"),
         ((merged, "onnx", tmp_path / "m.onnx", torch.bfloat16), "must be fp32 or fp16 for onnx"),
+        ((merged, "clip", tmp_path / "m.pt", None, True), "--with-preprocess is for .*: got clip"),
+        ((antialiased, "onnx", tmp_path / "m.onnx", None, True), "got bilinear, antialias True"),
     ):
         with pytest.raises(ValueError, match=rule):
             export(*arguments)

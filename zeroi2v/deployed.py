@@ -1,7 +1,9 @@
 """Models as they are deployed, behind one door: native folder, ONNX file, exported program.
 
 Each is a module that maps normalised video `[B, 3, T, H, W]` float32 to logits `[B, num_classes]`
-float32, and has the `config` it was made from: it was written into the file.
+float32, and has the `config` it was made from: it was written into the file. Files that were
+exported with their preprocessing have `takes == "frames"`, and map the frames of clips as decoded,
+uint8 `[B, T, H, W, 3]`, to probabilities.
 """
 
 from __future__ import annotations
@@ -70,13 +72,14 @@ class OnnxModel(nn.Module):
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"ONNX file can't be run: {path} ({reason})") from None
         metadata = self.session.get_modelmeta().custom_metadata_map
-        self.config = read_embedded(metadata.get(CONFIG_KEY), path)
+        self.config, self.takes = read_embedded(metadata.get(CONFIG_KEY), path)
         self.input = self.session.get_inputs()[0].name
 
     def forward(self, video: Tensor) -> Tensor:
-        """Normalised `video [B, 3, T, H, W]` -> logits `[B, num_classes]`."""
-        (logits,) = self.session.run(None, {self.input: video.float().cpu().numpy()})
-        return torch.from_numpy(logits)
+        """Normalised `video [B, 3, T, H, W]` -> logits `[B, num_classes]`, or as `takes` says."""
+        video = video if self.takes == "frames" else video.float()
+        (out,) = self.session.run(None, {self.input: video.cpu().numpy()})
+        return torch.from_numpy(out)
 
 
 class ExportedModel(nn.Module):
@@ -91,7 +94,7 @@ class ExportedModel(nn.Module):
         except Exception as error:  # a damaged archive makes the reader raise nearly anything
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"exported program can't be read: {path} ({reason})") from None
-        self.config = read_embedded(extra[CONFIG_KEY], path)
+        self.config, self.takes = read_embedded(extra[CONFIG_KEY], path)
         if torch.device(device).type != "cpu":
             from torch.export.passes import move_to_device_pass  # `import torch` leaves it out
 
@@ -99,28 +102,28 @@ class ExportedModel(nn.Module):
         self.program = program.module(check_guards=False)
 
     def forward(self, video: Tensor) -> Tensor:
-        """Normalised `video [B, 3, T, H, W]` -> logits `[B, num_classes]`."""
-        return self.program(video.float())
+        """Normalised `video [B, 3, T, H, W]` -> logits `[B, num_classes]`, or as `takes` says."""
+        return self.program(video if self.takes == "frames" else video.float())
 
     def train(self, mode: bool = True) -> ExportedModel:
         """Exported programs have no training mode; `False` is what they are."""
         return self
 
 
-def embedded(config: ModelConfig) -> str:
-    """The text that goes into a file, for `read_embedded`."""
-    return json.dumps({"format": "zeroi2v", "model": config.to_dict()})
+def embedded(config: ModelConfig, takes: str = "clips") -> str:
+    """The text that goes into a file, for `read_embedded`. `takes`: "clips" or "frames"."""
+    return json.dumps({"format": "zeroi2v", "takes": takes, "model": config.to_dict()})
 
 
-def read_embedded(text: str | bytes | None, path: Path) -> ModelConfig:
-    """The config that was written into a file. Raises ValueError if there is none."""
+def read_embedded(text: str | bytes | None, path: Path) -> tuple[ModelConfig, str]:
+    """The config that was written into a file, and what it takes. Raises ValueError without one."""
     try:
         values = json.loads(text or "{}")
     except ValueError:
         values = {}
     if not isinstance(values, dict) or values.get("format") != "zeroi2v":
         raise ValueError(f"{path} tells no preprocessing and labels: make it by zeroi2v.export")
-    return ModelConfig.from_dict(values.get("model"))
+    return ModelConfig.from_dict(values.get("model")), values.get("takes", "clips")
 
 
 def _existing(path: Path) -> Path:

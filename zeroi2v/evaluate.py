@@ -44,7 +44,8 @@ def predict_views(
     """Class probabilities of every video of `loader`: the softmax of each view, averaged.
 
     Args:
-        model: maps video [B, 3, T, H, W] to logits [B, K]; put in eval mode for the call.
+        model: maps video [B, 3, T, H, W] to logits [B, K]; put in eval mode for the call. One that
+            takes frames (`takes_frames`) maps those of whole clips to probabilities.
         loader: a `ViewLoader`; one epoch of it is read.
         device: where the model is; clips are moved there.
         dtype: of the clips given to the model; None takes that of the model's parameters.
@@ -54,6 +55,9 @@ def predict_views(
         CPU. Padding and videos that could not be decoded are left out; they still take part in
         the forward pass, so that every process of a sharded run makes equally many.
     """
+    of_frames = takes_frames(model)
+    if of_frames:
+        dtype = torch.uint8
     dtype = dtype or next(p.dtype for p in model.parameters() if p.is_floating_point())
     was_training = model.training
     model.eval()
@@ -61,8 +65,9 @@ def predict_views(
     try:
         for batch in loader.epoch():
             video = batch.video.to(device, dtype, non_blocking=True)
-            logits = model(video.flatten(0, 1))  # [B * V, K]
-            prob = logits.float().softmax(-1).unflatten(0, video.shape[:2]).mean(1).cpu()
+            out = model(video.flatten(0, 1)).float()  # [B * V, K]
+            prob = out if of_frames else out.softmax(-1)
+            prob = prob.unflatten(0, video.shape[:2]).mean(1).cpu()
             index = batch.index.cpu()
             kept = index >= 0
             indices.append(index[kept])
@@ -72,6 +77,11 @@ def predict_views(
     finally:
         model.train(was_training)
     return torch.cat(indices), torch.cat(probs)
+
+
+def takes_frames(model: nn.Module) -> bool:
+    """Whether it was exported with its preprocessing: its loader must be `whole`."""
+    return getattr(model, "takes", "clips") == "frames"
 
 
 def metrics(probs: Tensor, labels: Tensor) -> dict[str, Any]:
@@ -146,6 +156,11 @@ def main(argv: list[str]) -> None:
     model = load_deployed(source, device)
     config, native = model.config, isinstance(model, VideoViT)
     views = config.preprocess.test_views if args.views is None else parse_views(args.views)
+    if takes_frames(model) and views[1] != config.preprocess.test_views[1]:
+        raise ValueError(
+            f"--views must have {config.preprocess.test_views[1]} crops, which {args.model} makes "
+            f"itself: got {views[1]}"
+        )
     samples = read_list(args.list, args.root, config.num_classes, config.labels)
     out = None if args.out is None else check_output_file(args.out)
     loader = ViewLoader(
@@ -156,6 +171,7 @@ def main(argv: list[str]) -> None:
         views=views,
         workers=default_workers(device) if args.workers is None else args.workers,
         device=device,
+        whole=takes_frames(model),
     )
 
     started = time.perf_counter()

@@ -3,9 +3,11 @@
     python -m zeroi2v.export FOLDER --format onnx|torch-export|clip --out FILE [--dtype fp16]
 
 `onnx` and `torch-export` take float32 video `[B, 3, T, H, W]`, any B, and give float32 logits
-whatever the dtype of the weights; preprocessing and labels are inside the file. Heads are grouped
-by frame offset, each group with its own projection, so that keys and values of the shifted heads
-alone are moved and no others copied. `clip` is the image tower in OpenAI's layout.
+whatever the dtype of the weights. With `--with-preprocess` they take a clip's frames as they are
+decoded, uint8 `[B, T, H, W, 3]` of any size, and give probabilities. Labels are inside the file,
+and how clips are made. Heads are grouped by frame offset, each group with its own projection, so
+that keys and values of the shifted heads alone are moved and no others copied. `clip` is the image
+tower in OpenAI's layout.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from torch import Tensor, nn
 from zeroi2v.attention import STDHA
 from zeroi2v.checkpoint import check_writable, load, model_folder
 from zeroi2v.cli import run
+from zeroi2v.config import ModelConfig
+from zeroi2v.data.preprocess import crop_views, normalise
 from zeroi2v.deployed import CONFIG_KEY, ExportedModel, OnnxModel, embedded
 from zeroi2v.extras import require
 from zeroi2v.model import VideoViT
@@ -57,7 +61,11 @@ class ExportReport:
 
 
 def export(
-    model: VideoViT, format: str, path: str | Path, dtype: torch.dtype | None = None
+    model: VideoViT,
+    format: str,
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    with_preprocess: bool = False,
 ) -> ExportReport | None:
     """Writes `model` to `path`; the file is compared with the model before it takes its name.
 
@@ -66,6 +74,7 @@ def export(
         format: `onnx`, `torch-export` or `clip`.
         path: file to write, with one of the format's suffixes in `FORMATS`.
         dtype: of the weights; that of the model by default.
+        with_preprocess: the file resizes, crops and normalises, and averages the crops.
 
     Returns:
         The comparison with the fp32 model; None for `clip`, whose tensors are read back bit-equal.
@@ -82,12 +91,21 @@ def export(
         )
     if format == "onnx":
         require("format onnx", "onnx", "onnxscript", "onnxruntime")
+    process = model.config.preprocess
+    if with_preprocess and format == "clip":
+        raise ValueError("--with-preprocess is for the formats onnx and torch-export: got clip")
+    if with_preprocess and (process.interpolation != "bilinear" or process.antialias):
+        raise ValueError(
+            "--with-preprocess needs a model whose frames are resized bilinear without "
+            f"antialiasing: got {process.interpolation}, antialias {process.antialias}"
+        )
     if model.config.adapter is not None:
         raise ValueError("model must be merged: it has adapters")
     model = copy.deepcopy(model).to(dtype).eval()
     if format == "clip":
         _replace(path, lambda temporary: _write_clip(model, temporary))
         return None
+    file = _OfFrames(model) if with_preprocess else _OfClips(model)
     write, reader = {
         "onnx": (_write_onnx, OnnxModel),
         "torch-export": (_write_program, ExportedModel),
@@ -95,8 +113,8 @@ def export(
     reports = []
 
     def write_and_prove(temporary: Path) -> None:
-        write(model, temporary)
-        reports.append(_compare(model, reader(temporary)))
+        write(file, temporary)
+        reports.append(_compare(model, file, reader(temporary)))
         if not reports[0].rel <= reports[0].limit:
             raise ValueError(f"{format} file not kept: {reports[0]}")
 
@@ -159,8 +177,11 @@ class GroupedAttention(nn.Module):
         return self.out_proj(out.flatten(-2).unflatten(0, (-1, frames)))
 
 
-class _Deployable(nn.Module):
+class _OfClips(nn.Module):
     """float32 video to float32 logits, whatever the weights' dtype."""
+
+    names = ("video", "logits")
+    takes = "clips"
 
     def __init__(self, model: VideoViT):
         super().__init__()
@@ -170,8 +191,51 @@ class _Deployable(nn.Module):
             last = index == len(blocks) - 1
             block.attn = GroupedAttention(block.attn, model.config.num_frames, last)
 
+    @property
+    def config(self) -> ModelConfig:
+        """Of the model."""
+        return self.model.config
+
     def forward(self, video: Tensor) -> Tensor:
         return self.model(video).float()
+
+    def examples(self) -> list[Tensor]:
+        """Inputs to compare by: four clips."""
+        return [seeded_clips(self.model, 4)]
+
+    def dynamic(self) -> dict[int, torch.export.Dim]:
+        """Dimensions of the input that are free."""
+        return {0: torch.export.Dim("batch", min=1, max=4096)}
+
+
+class _OfFrames(_OfClips):
+    """Frames as decoded, uint8 `[B, T, H, W, 3]`, to the mean over the crops of their softmax."""
+
+    names = ("frames", "probabilities")
+    takes = "frames"
+
+    def forward(self, frames: Tensor) -> Tensor:
+        config, (_, crops) = self.config, self.config.preprocess.test_views
+        side, short_side = config.image_size, config.preprocess.test_short_side
+        views = crop_views(frames, short_side, side, crops, config.preprocess)
+        video = normalise(views.flatten(0, 1), config.preprocess)
+        return super().forward(video).softmax(-1).unflatten(0, (crops, -1)).mean(0)
+
+    def examples(self) -> list[Tensor]:
+        """Larger and smaller frames than the model's, lying, upright and square."""
+        side, generator = self.config.image_size, torch.Generator().manual_seed(0)
+        sizes = [(side * 3 // 2, side * 2), (side * 2, side + 1), (side, side), (side // 2, side)]
+        shapes = [(4, self.config.num_frames, *size, 3) for size in sizes]
+        return [
+            torch.randint(256, shape, generator=generator, dtype=torch.uint8) for shape in shapes
+        ]
+
+    def dynamic(self) -> dict[int, torch.export.Dim]:
+        sizes = {
+            2: torch.export.Dim("height", min=2, max=2**14),
+            3: torch.export.Dim("width", min=2, max=2**14),
+        }
+        return super().dynamic() | sizes
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
@@ -182,32 +246,32 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     return layer
 
 
-def program(model: VideoViT) -> torch.export.ExportedProgram:
-    """`model`, merged or plain, as a `torch.export` program with a dynamic batch."""
-    batch = torch.export.Dim("batch", min=1, max=4096)
+def program(file: VideoViT | _OfClips) -> torch.export.ExportedProgram:
+    """What goes into a file, or a model, merged or plain, as a program with a dynamic batch."""
+    file = _OfClips(file) if isinstance(file, VideoViT) else file
     with torch.no_grad():
-        return torch.export.export(
-            _Deployable(model), (seeded_clips(model, 2),), dynamic_shapes=({0: batch},)
-        )
+        example = file.examples()[0][:2]
+        return torch.export.export(file, (example,), dynamic_shapes=(file.dynamic(),))
 
 
-def _write_program(model: VideoViT, path: Path) -> None:
-    torch.export.save(program(model), path, extra_files={CONFIG_KEY: embedded(model.config)})
+def _write_program(file: _OfClips, path: Path) -> None:
+    extra = {CONFIG_KEY: embedded(file.config, file.takes)}
+    torch.export.save(program(file), path, extra_files=extra)
 
 
-def _write_onnx(model: VideoViT, path: Path) -> None:
-    if sum(p.numel() * p.element_size() for p in model.parameters()) >= 2**31 - 2**20:
+def _write_onnx(file: _OfClips, path: Path) -> None:
+    if sum(p.numel() * p.element_size() for p in file.parameters()) >= 2**31 - 2**20:
         raise ValueError("an ONNX file must be below 2 GiB: take --dtype fp16 or torch-export")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own deprecations
         exported = torch.onnx.export(
-            program(model),
+            program(file),
             dynamo=True,
-            input_names=["video"],
-            output_names=["logits"],
+            input_names=[file.names[0]],
+            output_names=[file.names[1]],
             verbose=False,
         )
-    exported.model.metadata_props[CONFIG_KEY] = embedded(model.config)
+    exported.model.metadata_props[CONFIG_KEY] = embedded(file.config, file.takes)
     exported.save(path, external_data=False)
 
 
@@ -229,17 +293,19 @@ def _write_clip(model: VideoViT, path: Path) -> None:
         raise ValueError(f"clip file not kept: it reads back other than it was written: {path}")
 
 
-def _compare(model: VideoViT, written: nn.Module) -> ExportReport:
-    """Runs the file and the model on the same clips, in batches of one and of three."""
-    clips = seeded_clips(model, 4)
-    dtype = model.head.weight.dtype
+def _compare(model: VideoViT, file: _OfClips, written: nn.Module) -> ExportReport:
+    """Runs the file and the model on the same inputs, in batches of one and of three."""
+    limit = TOLERANCE
     with torch.no_grad():
-        truth = copy.deepcopy(model).float()(clips)
-        logits = torch.cat([written(clips[:1]), written(clips[1:])])
-        limit = TOLERANCE
-        if dtype != torch.float32:
-            limit = max(limit, HALF_PRECISION_MARGIN * _rel(model(clips.to(dtype)).float(), truth))
-    return ExportReport(rel=_rel(logits, truth), limit=limit, batches=(1, 3))
+        wide = copy.deepcopy(file)
+        wide.model = copy.deepcopy(model).float()
+        truth = torch.cat([wide(x) for x in file.examples()])
+        found = torch.cat([written(part) for x in file.examples() for part in (x[:1], x[1:])])
+        if model.head.weight.dtype != torch.float32:
+            wide.model = model
+            half = torch.cat([wide(x) for x in file.examples()])
+            limit = max(limit, HALF_PRECISION_MARGIN * _rel(half, truth))
+    return ExportReport(rel=_rel(found, truth), limit=limit, batches=(1, 3))
 
 
 def _rel(value: Tensor, truth: Tensor) -> float:
@@ -268,6 +334,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--format", required=True, choices=FORMATS, help="kind of file")
     parser.add_argument("--out", required=True, help="file: .onnx, .pt2, .safetensors or .pt")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as is)")
+    parser.add_argument(
+        "--with-preprocess",
+        action="store_true",
+        help="the file takes uint8 frames of any size, and gives probabilities",
+    )
     args = parser.parse_args(argv)
 
     source = model_folder(args.model)
@@ -280,7 +351,7 @@ def main(argv: list[str]) -> None:
         if not report.passed:
             raise ValueError(f"{source} not exported: merged, it is another model")
         model = merged
-    report = export(model, args.format, path, DTYPES.get(args.dtype))
+    report = export(model, args.format, path, DTYPES.get(args.dtype), args.with_preprocess)
     if report is None:
         print("checked      tensors read back bit-equal")
         if any(model.config.head_offsets) or model.temporal_embedding.any():

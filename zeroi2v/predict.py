@@ -35,7 +35,7 @@ from zeroi2v.data.classes import some
 from zeroi2v.data.video_files import find_videos
 from zeroi2v.data.views import ViewLoader
 from zeroi2v.deployed import load_deployed
-from zeroi2v.evaluate import default_device, default_workers, predict_views
+from zeroi2v.evaluate import default_device, default_workers, predict_views, takes_frames
 from zeroi2v.model import VideoViT
 from zeroi2v.results import Results, settings_of
 
@@ -94,6 +94,7 @@ def predict_each(
         views=config.preprocess.test_views if views is None else views,
         workers=default_workers(device) if len(samples) > 32 else 0,
         device=device,
+        whole=takes_frames(model),
     )
     dtype = None if isinstance(model, VideoViT) else torch.float32  # what deployed models take
     done = 0

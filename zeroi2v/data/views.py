@@ -45,9 +45,9 @@ class Batch:
 
 
 class ViewSource(FrameReader):
-    """Position in the list -> the views of that video."""
+    """Position in the list -> the views of that video, or its whole clips if `crops` is None."""
 
-    def __init__(self, samples: list[Sample], short_side: int, crops: int, *args, **kwargs):
+    def __init__(self, samples: list[Sample], short_side: int, crops: int | None, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.samples, self.short_side, self.crops = samples, short_side, crops
 
@@ -58,6 +58,8 @@ class ViewSource(FrameReader):
         except DecodeError as error:
             return str(error)
         frames = frames.unflatten(0, (self.clips, -1))
+        if self.crops is None:
+            return frames
         side, process = self.config.image_size, self.config.preprocess
         views = crop_views(frames, self.short_side, side, self.crops, process)
         return views.transpose(0, 1).flatten(0, 1)
@@ -77,6 +79,8 @@ class ViewLoader:
         device: where batches are normalised and left.
         timeout: seconds after which a video that is still being decoded is a bad one.
         cache: folder that keeps whole decoded videos, which take much space there.
+        whole: leave frames as they are decoded, for a model that takes those: the `video` of a
+            batch, which has one sample, is uint8 `[1, clips, T, H, W, 3]`.
     Raises:
         ValueError: an argument breaks its rule.
     """
@@ -95,6 +99,7 @@ class ViewLoader:
         device: str | torch.device = "cpu",
         timeout: float | None = None,
         cache: str | None = None,
+        whole: bool = False,
     ):
         check_arguments(batch_size, rank, world_size, workers, timeout)
         if views[0] < 1 or views[1] not in (1, 3):
@@ -102,16 +107,16 @@ class ViewLoader:
         if not samples:
             raise ValueError("samples must hold a video: got none")
         self.samples, self.config, self.views = samples, config, tuple(views)
-        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.batch_size = 1 if whole else batch_size
+        self.rank, self.world_size, self.whole = rank, world_size, whole
         self.device = torch.device(device)
         self.workers = min(workers, len(samples))
         self.bad_files: dict[str, str] = {}
         """Names of the samples that could not be decoded so far, with the reasons."""
         process, (clips, crops) = config.preprocess, self.views
         short_side = process.test_short_side if test else process.val_short_side
-        self._source = ViewSource(
-            samples, short_side, crops, config, clips=clips, timeout=timeout, cache=cache
-        )
+        how = dict(clips=clips, timeout=timeout, cache=cache)
+        self._source = ViewSource(samples, short_side, None if whole else crops, config, **how)
         self._pool: ProcessPoolExecutor | None = None
 
     @property
@@ -134,10 +139,10 @@ class ViewLoader:
             yield self._batch(of_batch, list(islice(made, count)))
 
     def _batch(self, positions: list[int], made: list[Tensor | str]) -> Batch:
-        clips, crops = self.views
-        config = self.config
-        shape = (clips * crops, config.num_frames, config.image_size, config.image_size, 3)
-        video = torch.zeros(len(positions), *shape, dtype=torch.uint8)
+        (clips, crops), config = self.views, self.config
+        count, side = clips * (1 if self.whole else crops), config.image_size
+        video = [torch.zeros(count, config.num_frames, side, side, 3, dtype=torch.uint8)]
+        video *= len(positions)
         index = torch.full((len(positions),), -1)
         label = index.clone()
         for row, (position, views) in enumerate(zip(positions, made, strict=False)):
@@ -146,8 +151,10 @@ class ViewLoader:
                 self.bad_files[sample.name] = views
             else:
                 video[row], index[row], label[row] = views, position, sample.label
-        video = normalise(video.to(self.device), config.preprocess)
-        return Batch(video, label, index, label)
+        video = torch.stack(video).to(self.device)
+        return Batch(
+            video if self.whole else normalise(video, config.preprocess), label, index, label
+        )
 
     def _by_workers(self, positions: list[int]) -> Iterator[Tensor | str]:
         """What the source makes of `positions`, in order; two batches are made ahead.

@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from multiprocessing import connection
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -516,6 +517,32 @@ def test_a_start_step_outside_the_epoch_is_refused(samples):
 def test_augmentation_values_are_checked(values, message):
     with pytest.raises(ValueError, match=message):
         AugmentConfig(**values)
+
+
+def test_too_little_shared_memory_is_told_before_workers_start(samples, monkeypatch):
+    """Docker gives a container 64 MB."""
+
+    def shared_memory(megabytes):
+        size = SimpleNamespace(f_bavail=megabytes * 2**20 // 4096, f_frsize=4096)
+        monkeypatch.setattr(os, "statvfs", lambda path: size)
+
+    loader = ClipLoader(samples, config(frames=8), batch_size=12, workers=2, augment=FULL)
+    # Four batches, each in a part for each worker.
+    needed = 4 * 12 * 8 * 256 * 344 * 3
+    assert loader.plan.shared_bytes(2) == needed
+    shared_memory(64)
+    before = multiprocessing.active_children()
+    with pytest.raises(ValueError, match="/dev/shm must have 101 MB free .* it has 67; .*--shm-siz"
+                       r".*\(optim.micro_batch\) or data.workers=0"):  # fmt: skip
+        next(loader.epoch())
+    assert multiprocessing.active_children() == before
+    shared_memory(110)
+    assert len(list(loader.epoch())) == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    again = ClipLoader(samples, config(frames=8), batch_size=12, workers=2)
+    with pytest.raises(ValueError, match="/dev/shm must have 812 MB free"):
+        next(again.epoch())
+    next(ClipLoader(samples, config(frames=8), batch_size=12).epoch())  # which needs none
 
 
 def test_a_program_with_workers_is_run_once_and_ends_though_its_epoch_does_not(samples, tmp_path):

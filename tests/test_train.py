@@ -382,7 +382,8 @@ def test_run_folder_is_neither_overwritten_nor_resumed_by_another_run(go, data, 
     run_dir = go("run", "run.max_steps=1")
     with pytest.raises(ValueError, match=r"run.dir must hold no run, unless run.resume is"):
         go("run")
-    with pytest.raises(ValueError, match=r"needs the config .*: got optim.lr: 0.01 -> 0.1"):
+    way = f"to train on with other settings, begin a run with model.backbone={run_dir}/last"
+    with pytest.raises(ValueError, match=rf"needs the config .*: got optim.lr: 0.01 -> 0.1; {way}"):
         go("run", "run.resume=true", "optim.lr=0.1")
     with pytest.raises(ValueError, match=r"got optim.zero_stage: 1 -> 3"):
         go("run", "run.resume=auto", "optim.zero_stage=3")
@@ -406,6 +407,43 @@ def test_run_folder_is_neither_overwritten_nor_resumed_by_another_run(go, data, 
     write(record, json.dumps(json.loads(text) | {"trained": 1}))
     with pytest.raises(ValueError, match=r"state must hold the weights it was saved with"):
         go("run", "run.resume=true")
+
+
+def test_start_that_fails_before_its_first_step_leaves_no_run(go, data, tmp_path):
+    for i in range(4):
+        write(tmp_path / f"bad{i}.mp4", "no video")
+    bad = write(tmp_path / "bad.txt", "".join(f"{tmp_path}/bad{i}.mp4 {i}\n" for i in range(4)))
+    with pytest.raises(ValueError, match="samples must hold videos that decode"):
+        go("run", f"data.train_list={bad}", "data.max_bad_fraction=1")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    run_dir = go("run", "run.max_steps=1", "data.val_list=null")
+    assert [line["step"] for line in read_log(run_dir)] == [1]
+
+
+def test_warm_up_is_at_most_half_of_a_short_run(go, capsys):
+    run_dir = go("run", "optim.epochs=1", "optim.warmup_epochs=2.5", "data.val_list=null")
+    told = "warm-up 2 (half of the run; the recipe's is 2.5 epochs), peak lr 0.01"
+    assert told in capsys.readouterr().out
+    lr = [line["lr"] for line in read_log(run_dir)]
+    assert lr == pytest.approx([0.001, 0.0055, 0.01, 0.005])
+
+
+def test_training_goes_on_from_a_trained_model(go, tmp_path, capsys):
+    first = go("first", "run.max_steps=2", "data.val_list=null")
+    few = ("optim.lr=1e-12", "run.max_steps=1", "data.val_list=null")
+    second = go("second", f"model.backbone={first}", *few)
+    assert "its temporal embedding and its classifier go on" in capsys.readouterr().out
+    trained = weights(first)
+    for name, tensor in weights(second).items():
+        torch.testing.assert_close(tensor, trained[name], rtol=0, atol=1e-9, msg=name)
+    third = weights(go("third", f"model.backbone={first}/last", "model.num_classes=5", *few))
+    assert "and not its classifier, of other classes, go on" in capsys.readouterr().out
+    assert third["head.weight"].shape[0] == 5
+    for name, tensor in third.items():
+        if not name.startswith("head."):
+            torch.testing.assert_close(tensor, trained[name], rtol=0, atol=1e-9, msg=name)
+    with pytest.raises(ValueError, match="has head_offsets .*; merge it first, to train new adapt"):
+        go("fourth", f"model.backbone={first}", "model.head_offsets=[0, 0]")
 
 
 def test_backbone_file_gives_the_frozen_weights_and_may_not_change_on_resume(go, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import build, small_config
 
-from train.divergence import first_bad, watch
+from train.divergence import first_bad, remedy, watch
 from zeroi2v.attention import set_backend
 from zeroi2v.training_block import can_train
 
@@ -75,3 +75,12 @@ def test_arithmetic_without_weights_is_named_by_its_module():
         adapter.up.bias.fill_(1e35)
     adapter.scale = 1e10
     assert layer_named(model, video) == "transformer.resblocks.1.attn.in_adapter"
+
+
+def test_another_precision_is_offered_where_fp16_overflows():
+    inf = float("inf")
+    assert "try optim.precision=bf16" in remedy(inf, torch.float16, False)
+    for loss, dtype in ((200.0, torch.float16), (inf, torch.bfloat16), (inf, torch.float32)):
+        assert "bf16" not in remedy(loss, dtype, False)
+    assert remedy(inf, torch.float32, True).endswith("from the last state with run.resume=true")
+    assert "resume" not in remedy(inf, torch.float32, False)

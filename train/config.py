@@ -129,7 +129,7 @@ class OptimConfig:
     epochs: int = 40
     """Passes over the training list."""
     warmup_epochs: float = 2.5
-    """Length of the linear warm-up, in epochs."""
+    """Length of the linear warm-up, in epochs; at most half of them."""
     warmup_start: float = 0.1
     """Factor on the learning rate at the first step."""
     label_smoothing: float = 0.0
@@ -161,12 +161,7 @@ class OptimConfig:
         _require(
             all(0 <= b < 1 for b in self.betas), "optim.betas", "must be in [0, 1)", self.betas
         )
-        _require(
-            0 <= self.warmup_epochs < self.epochs,
-            "optim.warmup_epochs",
-            f"must be in [0, epochs = {self.epochs})",
-            self.warmup_epochs,
-        )
+        _require(self.warmup_epochs >= 0, "optim.warmup_epochs", "must be >= 0", self.warmup_epochs)
         _require(
             0 < self.warmup_start <= 1,
             "optim.warmup_start",
@@ -194,6 +189,10 @@ class OptimConfig:
     def peak_lr(self) -> float:
         """The learning rate after warm-up."""
         return self.lr if self.lr_batch is None else self.lr * self.batch_size / self.lr_batch
+
+    def warmup_steps(self, steps_per_epoch: int) -> int:
+        """Length of the warm-up in steps: a short run has half of its own, at most."""
+        return round(min(self.warmup_epochs, self.epochs / 2) * steps_per_epoch)
 
     def accumulation(self, world_size: int) -> int:
         """Forward passes of each process per optimizer step: as few as `micro_batch` allows.

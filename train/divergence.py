@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from train.job import Job
 from train.processes import gather, together
+from train.state import read_tag
 from zeroi2v.checkpoint import replacing, save
 from zeroi2v.model import VideoViT
 
@@ -103,11 +104,21 @@ def stop_diverged(
         rule = "finite" if not math.isfinite(value) else f"below {MAX_LOSS:g}"
         raise ValueError(
             f"loss must be {rule}: got {value} at step {step}, from {files}; first bad layer: "
-            f"{layer}; clips and weights are kept in {folder}; try a lower optim.lr or "
-            "optim.clip_grad, and go on from the last state with run.resume=true"
+            f"{layer}; clips and weights are kept in {folder}; "
+            + remedy(value, dtype, read_tag(folder.parent / "state") is not None)
         )
 
     together(keep_and_tell)
+
+
+def remedy(loss: float, dtype: torch.dtype, has_state: bool) -> str:
+    """What to try after a bad loss, computed in `dtype`, in a run that has saved a state or not."""
+    advice = "try a lower optim.lr or optim.clip_grad"
+    if dtype == torch.float16 and not math.isfinite(loss):
+        advice = (
+            "fp16 ends at 65,504: try optim.precision=bf16, a lower optim.lr or optim.clip_grad"
+        )
+    return advice + (", and go on from the last state with run.resume=true" if has_state else "")
 
 
 @torch.no_grad()

@@ -75,7 +75,7 @@ def build_engine(model: nn.Module, optim: OptimConfig, steps_per_epoch: int) -> 
     # A C++ op that training does not use; building it takes minutes and a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     steps = optim.epochs * steps_per_epoch
-    warmup = round(optim.warmup_epochs * steps_per_epoch)
+    warmup = optim.warmup_steps(steps_per_epoch)
     # Torch's own optimizer and scheduler: DeepSpeed's need C++ and lose the groups' rates.
     optimizer = torch.optim.AdamW(parameter_groups(model, optim), betas=optim.betas)
     scheduler = torch.optim.lr_scheduler.LambdaLR(

@@ -27,7 +27,8 @@ from torch import Tensor
 from train.config import OptimConfig
 from train.engine import DTYPES, build_engine, seed_dropout
 from train.job import Job
-from train.processes import StopSignals, gather, processes_here, say
+from train.processes import StopSignals, gather, say
+from zeroi2v.data.pipeline import processes_here
 from zeroi2v.training_block import Memory
 
 GB = 1e9

@@ -122,9 +122,12 @@ def prepare(config: RunConfig, device: torch.device, keep: ExitStack | None) -> 
         f"batch       {optim.batch_size} clips = {optim.clips_at_once(world_size)} x {world_size} "
         f"processes x {accumulation} accumulated"
     )
+    cut = f" (half of the run; the recipe's is {optim.warmup_epochs:g} epochs)"
     say(
         f"schedule    {steps} steps = {optim.epochs} epochs x {loader.steps_per_epoch}, "
-        f"warm-up {round(optim.warmup_epochs * loader.steps_per_epoch)}, peak lr {optim.peak_lr:g}"
+        f"warm-up {optim.warmup_steps(loader.steps_per_epoch)}"
+        + (cut if optim.warmup_epochs > optim.epochs / 2 else "")
+        + f", peak lr {optim.peak_lr:g}"
         + (f" (scaled from a batch of {optim.lr_batch})" if optim.lr_batch else "")
     )
     say(
@@ -226,7 +229,10 @@ def check_run_dir(config: RunConfig, world_size: int) -> dict[str, Any] | None:
         record = read_record(folder / "state")
         changed = differences(load_config(folder / "config.yaml"), config)
         if changed:
-            raise ValueError(f"run.resume needs the config of {folder}: got {'; '.join(changed)}")
+            raise ValueError(
+                f"run.resume needs the config of {folder}: got {'; '.join(changed)}; to train on "
+                f"with other settings, begin a run with model.backbone={folder / 'last'}"
+            )
         if record["world_size"] != world_size:
             raise ValueError(
                 f"run.resume needs as many processes as {folder}, {record['world_size']}: "

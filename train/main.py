@@ -157,7 +157,9 @@ def train(job: Job, signals: StopSignals) -> int:
         every, project = config.run.log_every, config.run.wandb
         log = RunLog(folder, steps_per_epoch, optim.epochs, every, project, config.to_dict())
 
-    first_alone(begin)
+    has_begun = job.record is not None
+    if has_begun:
+        first_alone(begin)
 
     def save() -> None:
         """Writes `last/`, and `state/` to resume from."""
@@ -263,6 +265,9 @@ def train(job: Job, signals: StopSignals) -> int:
             parts = [x.item() for x in losses]
             weights = trained_weights(engine)
             stop_diverged(engine.module, job, twin, weights, progress.step + 1, parts, dtype)
+        if not has_begun:  # a start that fails before its first step leaves no run
+            first_alone(begin)
+            has_begun = True
         update(engine)
         progress.step += 1
         if bad != num_bad:

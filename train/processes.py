@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from train.log import show
+from zeroi2v.data.pipeline import processes_here
 
 T = TypeVar("T")
 
@@ -152,12 +153,6 @@ def end_children() -> None:
 def cores_per_process() -> int:
     """CPU cores this process may use beside the others on its machine."""
     return max(1, len(os.sched_getaffinity(0)) // processes_here())
-
-
-def processes_here() -> int:
-    """Processes of the run on this machine, as torchrun or DeepSpeed's launcher tells."""
-    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
-    return int(next((os.environ[name] for name in names if name in os.environ), 1))
 
 
 def gather(value: T) -> list[T]:

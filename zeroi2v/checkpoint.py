@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -142,16 +143,19 @@ def model_folder(path: str | Path) -> Path:
 def load_backbone(model: VideoViT, path: str | Path) -> list[str]:
     """Fills the image backbone of `model` from any weights we can read; the rest keeps its values.
 
+    From a trained model that is not merged, adapters and `temporal_embedding` are taken over as
+    well, and the classifier if it has the same classes: training goes on from there.
+
     Args:
-        model: any `VideoViT`; its adapters, `temporal_embedding` and `head` are not touched. Its
-            config settles what a bare file of weights does not say: heads and activation.
+        model: any `VideoViT`. Its config settles what a bare file of weights does not say: heads
+            and activation.
         path: a native folder, or a file or folder of a foreign format, as for `load_foreign`.
             Positional embeddings are resized to the model's resolution.
     Returns:
         What was read and what was done to it, one line each.
     Raises:
         OSError: no such file.
-        ValueError: unreadable, not finite, with adapters, or other than the model's config says.
+        ValueError: unreadable, not finite, or other than the model's config says.
     """
     path, ours = Path(path), model.config
     if path.name == WEIGHTS:
@@ -163,14 +167,24 @@ def load_backbone(model: VideoViT, path: str | Path) -> list[str]:
         from zeroi2v.convert import load_image  # which imports this module
 
         image, notes = load_image(path, ours)
-    if image.config.adapter is not None:
-        raise ValueError(f"backbone {path} must have no adapters: merge it first")
-    for name in ("num_heads", "activation", "patch_size", "ln_pre", "width", "depth"):
-        if (theirs := getattr(image.config, name)) != getattr(ours, name):
-            raise ValueError(
-                f"backbone {path} has {name} {theirs!r}, the model {getattr(ours, name)!r}"
-            )
-    kept = ("temporal_embedding", "head.")
+    is_trained, kept = image.config.adapter is not None, ("temporal_embedding", "head.")
+    names = ["num_heads", "activation", "patch_size", "ln_pre", "width", "depth"]
+    if is_trained:
+        names += ["num_frames", "head_offsets", "adapter"]
+        same = "num_classes", "labels"
+        same = all(getattr(image.config, name) == getattr(ours, name) for name in same)
+        kept = () if same else ("head.",)
+        notes.append(
+            "a trained model: its adapters, its temporal embedding and "
+            + ("its classifier go on" if same else "not its classifier, of other classes, go on")
+        )
+    for name in names:
+        theirs, mine = getattr(image.config, name), getattr(ours, name)
+        if name == "adapter" and mine is not None:
+            theirs = replace(theirs, dropout=mine.dropout)
+        if theirs != mine:
+            hint = "; merge it first, to train new adapters on it" if is_trained else ""
+            raise ValueError(f"backbone {path} has {name} {theirs!r}, the model {mine!r}{hint}")
     state = {n: t for n, t in image.state_dict().items() if not n.startswith(kept)}
     if image.config.image_size != ours.image_size:
         name = "positional_embedding"
@@ -179,7 +193,7 @@ def load_backbone(model: VideoViT, path: str | Path) -> list[str]:
     own = {
         name: tensor
         for name, tensor in model.state_dict().items()
-        if not name.startswith(kept) and "_adapter." not in name
+        if not name.startswith(kept) and (is_trained or "_adapter." not in name)
     }
     check_state(state, own, f"backbone {path}")
     model.load_state_dict(state, strict=False)

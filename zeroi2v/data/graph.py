@@ -10,7 +10,7 @@ from nvidia.dali.auto_aug import augmentations
 from nvidia.dali.auto_aug.core import select
 
 from zeroi2v.data.augment import KINDS
-from zeroi2v.data.source import ClipPlan, ClipSource
+from zeroi2v.data.source import PREFETCH, ClipPlan, ClipSource
 
 _GREY = 128  # fills what an operation uncovers or erases, as published
 
@@ -28,9 +28,11 @@ def clip_graph(source: ClipSource, plan: ClipPlan, gpu: bool, parallel: bool):
         dtypes += [types.FLOAT] * bool(augment.erasing)
     workers = {}
     if parallel:
-        # A clip larger than the hint makes DALI's shared memory grow.
-        clip_bytes = config.num_frames * 256 * 344 * 3
-        workers = dict(parallel=True, prefetch_queue_depth=2, bytes_per_sample_hint=clip_bytes)
+        workers = dict(
+            parallel=True,
+            prefetch_queue_depth=PREFETCH,
+            bytes_per_sample_hint=plan.clip_bytes,  # what is larger makes DALI's memory grow
+        )
     report, geometry, frames, *draws = fn.external_source(
         source,
         num_outputs=len(dtypes),

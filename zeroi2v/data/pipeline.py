@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,12 +27,11 @@ from zeroi2v.data.gop import DALI_CPU, nvdec
 from zeroi2v.data.mixing import mix
 from zeroi2v.data.nvdec import capabilities
 from zeroi2v.data.rescue import find_fatal_files, without_main_program
-from zeroi2v.data.source import ClipPlan, ClipSource
+from zeroi2v.data.shared_samples import SharedSamples
+from zeroi2v.data.source import PREFETCH, ClipPlan, ClipSource
 from zeroi2v.data.views import Batch, check_arguments
 
 DECODERS = ("auto", "dali", "pyav")
-_PREFETCH = 2
-"""Micro-batches made ahead by the workers, and again by the graph."""
 
 __all__ = ["DECODERS", "AugmentConfig", "Batch", "ClipLoader", "check_bad_files"]
 
@@ -94,7 +94,7 @@ class ClipLoader:
                     "NVIDIA_DRIVER_CAPABILITIES=compute,utility,video)"
                 )
         self.plan = ClipPlan(
-            samples=list(samples),
+            samples=SharedSamples(samples) if workers else list(samples),
             config=config,
             augment=augment,
             seed=seed,
@@ -113,6 +113,7 @@ class ClipLoader:
                 f"got {len(self.plan.samples)}"
             )
         self.workers = workers
+        self._known = sum(sample.frames is not None for sample in samples)
         self.bad_files: dict[str, str] = {}
         """Names of the samples that could not be decoded so far, with the reasons."""
         self.decoded_by: Counter[str] = Counter()
@@ -136,11 +137,10 @@ class ClipLoader:
             return (
                 f"PyAV, for {self.device} decodes no video, or its driver's libnvcuvid is missing"
             )
-        known = sum(sample.frames is not None for sample in self.plan.samples)
         if self.plan.cut_unknown:
             which = "what it can"
-        elif known:
-            which = f"what it can of {known} videos that a manifest knows to be whole"
+        elif self._known:
+            which = f"what it can of {self._known} videos that a manifest knows to be whole"
         else:
             which = "nothing, for no manifest says which videos are whole"
         return f"DALI on the {self.device.type}: {which}; the rest by PyAV"
@@ -160,6 +160,8 @@ class ClipLoader:
         if self._pipeline is not None and (epoch, start_step) == (self._next_epoch, 0):
             self._pipeline.reset()
         else:
+            if self._pipeline is None and self.workers:
+                check_shared_memory(self.plan.shared_bytes(self.workers))
             self._pipeline = self._build(self.plan, epoch, micro_batch, self.workers)
         self._next_epoch = None
         pipeline = self._pipeline
@@ -199,7 +201,7 @@ class ClipLoader:
             device_id=device_id,
             py_num_workers=max(1, workers),
             py_start_method="spawn",
-            prefetch_queue_depth=_PREFETCH,
+            prefetch_queue_depth=PREFETCH,
             seed=0,
         )
         others = multiprocessing.active_children()
@@ -218,6 +220,8 @@ class ClipLoader:
         ends = [child.sentinel for child in self._children]
         decoder_failed = "decoders.video" in str(error)
         died = bool(ends and not decoder_failed and wait(ends, timeout=1))
+        if died:  # by writing to a full /dev/shm, it may be: of frames larger than usual
+            check_shared_memory(self.plan.clip_bytes)
         for child in self._children:  # DALI would wait for them, and they may not heed it
             child.kill()
         self._pipeline = outputs = None
@@ -228,7 +232,7 @@ class ClipLoader:
         else:
             ahead = [
                 SimpleNamespace(epoch_idx=0, iteration=number, idx_in_batch=row)
-                for number in range(micro_batch, micro_batch + 1 + 2 * _PREFETCH)
+                for number in range(micro_batch, micro_batch + 1 + 2 * PREFETCH)
                 for row in range(self.plan.batch_size)
             ]
             fatal = find_fatal_files(ClipSource(self.plan, epoch, 0), ahead) if died else {}
@@ -260,6 +264,27 @@ class ClipLoader:
             classes = plan.config.num_classes
             target = mix(video, label, plan.augment, (plan.seed, epoch), first, classes)
         return Batch(video, label, index, target)
+
+
+def check_shared_memory(needed: int) -> None:
+    """Raises ValueError if /dev/shm can't take `needed` bytes for each process on this machine."""
+    try:
+        stat = os.statvfs("/dev/shm")
+    except OSError:  # not Linux
+        return
+    free, needed = stat.f_bavail * stat.f_frsize, needed * processes_here()
+    if free < needed:
+        raise ValueError(
+            f"/dev/shm must have {needed / 1e6:,.0f} MB free for the clips of the decoding "
+            f"workers: it has {free / 1e6:,.0f}; give the container more (docker run "
+            "--shm-size=8g), or take fewer clips at once (optim.micro_batch) or data.workers=0"
+        )
+
+
+def processes_here() -> int:
+    """Processes of the run on this machine, as torchrun or DeepSpeed's launcher tells."""
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
+    return int(next((os.environ[name] for name in names if name in os.environ), 1))
 
 
 def check_bad_files(bad: dict[Any, str], total: int, max_bad_fraction: float) -> None:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,6 +28,8 @@ from zeroi2v.data.frame_cache import read_sample
 from zeroi2v.data.gop import Cut, Cutter
 from zeroi2v.data.sampling import dense_indices, uniform_indices
 
+PREFETCH = 2
+"""Micro-batches made ahead by the workers, and again by the graph."""
 _MAX_REPLACEMENTS = 50
 _ALARM = 2
 """Time limits after which a decoding process that does not come back is ended."""
@@ -99,7 +103,7 @@ class FrameReader:
 class ClipPlan:
     """Which training clips a loader makes, in which order, and how; all that a worker needs."""
 
-    samples: list[Sample]
+    samples: Sequence[Sample]
     config: ModelConfig
     augment: AugmentConfig | None
     seed: int
@@ -130,6 +134,16 @@ class ClipPlan:
     def micro_batches(self) -> int:
         """Micro-batches of this process in an epoch."""
         return self.steps * self.accumulation
+
+    @property
+    def clip_bytes(self) -> int:
+        """Shared memory for a clip, as a video of 344 x 256 has it."""
+        return self.config.num_frames * 256 * 344 * 3
+
+    def shared_bytes(self, workers: int) -> int:
+        """What DALI takes of /dev/shm before its first batch, for so many workers."""
+        at_once = math.ceil(self.batch_size / workers)
+        return 2 * PREFETCH * workers * max(2**20, at_once * self.clip_bytes)
 
     def position(self, micro_batch: int, row: int = 0) -> int:
         """Place in the epoch's order of a clip of this process's micro-batch, counted from 0."""

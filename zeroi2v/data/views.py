@@ -10,7 +10,7 @@ import math
 import multiprocessing
 import pickle
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from zeroi2v.data.annotations import Sample
 from zeroi2v.data.decode import DecodeError
 from zeroi2v.data.preprocess import crop_views, normalise
 from zeroi2v.data.rescue import find_fatal_files, without_main_program
+from zeroi2v.data.shared_samples import SharedSamples
 from zeroi2v.data.source import FrameReader
 
 
@@ -47,7 +48,9 @@ class Batch:
 class ViewSource(FrameReader):
     """Position in the list -> the views of that video, or its whole clips if `crops` is None."""
 
-    def __init__(self, samples: list[Sample], short_side: int, crops: int | None, *args, **kwargs):
+    def __init__(
+        self, samples: Sequence[Sample], short_side: int, crops: int | None, *args, **kwargs
+    ):
         super().__init__(*args, **kwargs)
         self.samples, self.short_side, self.crops = samples, short_side, crops
 
@@ -115,8 +118,15 @@ class ViewLoader:
         """Names of the samples that could not be decoded so far, with the reasons."""
         process, (clips, crops) = config.preprocess, self.views
         short_side = process.test_short_side if test else process.val_short_side
-        how = dict(clips=clips, timeout=timeout, cache=cache)
-        self._source = ViewSource(samples, short_side, None if whole else crops, config, **how)
+        self._source = ViewSource(
+            SharedSamples(samples) if self.workers else samples,
+            short_side,
+            None if whole else crops,
+            config,
+            clips=clips,
+            timeout=timeout,
+            cache=cache,
+        )
         self._pool: ProcessPoolExecutor | None = None
 
     @property

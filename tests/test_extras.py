@@ -1,10 +1,13 @@
 """A package that only a verb needs is asked for in one line, and by nothing else."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from models import build, small_config
+from videos import write_numbered
 
 import train.main
 from zeroi2v import cli, export, extras, merge, predict
@@ -50,3 +53,63 @@ def test_extras_are_those_of_the_installation_and_imported_where_they_are_used()
             for name in names:
                 parts = {name.split(".")[0], ".".join(name.split(".")[:2]), name}
                 assert not parts & late, f"{path} imports {name} at once"
+
+
+PLAIN = """
+import sys
+from importlib.machinery import PathFinder
+
+hidden, find_spec = {"nvidia", *sys.argv[1].split(",")}, PathFinder.find_spec
+PathFinder.find_spec = lambda name, *rest: None if name in hidden else find_spec(name, *rest)
+from zeroi2v import cli
+import train.main
+
+for verb in cli.VERBS:
+    sys.argv = ["zeroi2v", verb, "--help"]
+    try:
+        cli.main()
+    except SystemExit as end:
+        assert end.code == 0, verb
+statuses = []
+for line in sys.stdin.read().splitlines():
+    sys.argv = ["zeroi2v", *line.split("|")]
+    statuses.append(cli.main())
+statuses.append(cli.run(train.main.main, ["--config", "x.yaml", "--dry-run"]))
+print("statuses", statuses)
+"""
+
+
+def test_a_plain_installation_has_all_verbs_and_no_traceback(tmp_path):
+    merge(build(small_config())).save_pretrained(tmp_path / "merged")
+    video, model = write_numbered(tmp_path / "v.mp4", 40), tmp_path / "merged"
+    (tmp_path / "list.txt").write_text("v.mp4 0\n")
+    words = ["--list", tmp_path / "list.txt", "--root", tmp_path]
+    lines = [
+        ["predict", model, video],
+        ["evaluate", model, *words],
+        ["visualize", model, video, "--out", tmp_path / "pictures"],
+        [
+            "check_data",
+            tmp_path / "list.txt",
+            "--root",
+            tmp_path,
+            "--out",
+            tmp_path / "manifest.jsonl",
+        ],
+        ["reparam", model, "--out", tmp_path / "again"],
+        ["export", model, "--format", "torch-export", "--out", tmp_path / "x.pt2"],
+        ["predict", tmp_path / "x.pt2", video],
+        ["export", model, "--format", "onnx", "--out", tmp_path / "x.onnx"],
+        ["predict", tmp_path / "x.onnx", video],
+    ]
+    (tmp_path / "x.onnx").touch()
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN, ",".join(extras.EXTRAS)],
+        input="\n".join("|".join(map(str, line)) for line in lines),
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    statuses = done.stdout.splitlines()[-1]
+    assert statuses == f"statuses {[0, 0, 0, 0, 1, 0, 0, 1, 1, 1]}", (statuses, done.stderr)
+    assert done.stderr.count("pip install 'zeroi2v[export]'") == 2
+    assert done.stderr.count("pip install 'zeroi2v[train]'") == 1

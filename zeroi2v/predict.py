@@ -200,7 +200,7 @@ def main(argv: list[str]) -> None:
         where = args.out or "above"
         raise ValueError(f"{failed} of {len(set(names))} files can't be decoded: see {where}")
     seconds = time.perf_counter() - started
-    print(f"{len(set(names))} classified in {seconds:.1f} s, start included", file=sys.stderr)
+    print(f"{len(set(names))} classified in {seconds:.1f} s", file=sys.stderr)
 
 
 def _settings(model: nn.Module, args) -> dict[str, Any]:

@@ -113,3 +113,43 @@ def test_a_plain_installation_has_all_verbs_and_no_traceback(tmp_path):
     assert statuses == f"statuses {[0, 0, 0, 0, 1, 0, 0, 1, 1, 1]}", (statuses, done.stderr)
     assert done.stderr.count("pip install 'zeroi2v[export]'") == 2
     assert done.stderr.count("pip install 'zeroi2v[train]'") == 1
+
+
+ELSEWHERE = """
+import os, signal, sys
+from importlib.machinery import BuiltinImporter, PathFinder
+
+import av, matplotlib.pyplot, safetensors.torch, torch  # their own ways depend on the system
+
+for module, names in ((os, ["sched_getaffinity", "statvfs", "fork"]),
+                      (signal, ["SIGALRM", "SIGKILL", "setitimer", "alarm"])):
+    for name in names:
+        delattr(module, name)
+hidden = {"fcntl", "resource", "nvidia", "deepspeed", "triton", "pwd", "grp"}
+for finder in (PathFinder, BuiltinImporter):
+    find = finder.find_spec
+    finder.find_spec = lambda name, *rest, find=find: None if name in hidden else find(name, *rest)
+sys.platform = "darwin"
+from zeroi2v import evaluate, predict, reparam, visualize
+from zeroi2v.cli import run
+
+model, video, listed, out = sys.argv[1:]
+assert run(predict.main, [model, video]) == 0
+words = ["--list", listed, "--root", os.path.dirname(listed), "--workers", "0"]
+assert run(evaluate.main, [model, *words]) == 0
+assert run(visualize.main, [model, video, "--out", out]) == 0
+"""
+
+
+def test_predict_and_evaluate_need_nothing_of_linux(tmp_path):
+    merge(build(small_config())).save_pretrained(tmp_path / "merged")
+    video = write_numbered(tmp_path / "v.mp4", 40)
+    (tmp_path / "list.txt").write_text("v.mp4 0\n")
+    words = [tmp_path / "merged", video, tmp_path / "list.txt", tmp_path / "pictures"]
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr

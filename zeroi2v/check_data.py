@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from zeroi2v.cli import run
+from zeroi2v.cli import run, usable_cores
 from zeroi2v.data.annotations import Sample, class_names, read_list
 from zeroi2v.data.classes import count_from_one, occurrence, some
 from zeroi2v.data.manifest import (
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workers", type=int, help="processes (default: one for each core)")
     parser.add_argument("--timeout", type=float, default=60, help="seconds a video (default: 60)")
     args = parser.parse_args(argv)
-    workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
+    workers = usable_cores() if args.workers is None else args.workers
     if workers < 1:
         raise ValueError(f"--workers must be at least 1: got {workers}")
     if not args.timeout > 0:

@@ -39,6 +39,13 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int
     return 0
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def main() -> int:
     """Entry point of the installed `zeroi2v` command."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 import time
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from zeroi2v.checkpoint import check_writable, fetch, model_folder, write_whole
-from zeroi2v.cli import run
+from zeroi2v.cli import run, usable_cores
 from zeroi2v.data.annotations import Sample, read_list
 from zeroi2v.data.classes import occurrence, some
 from zeroi2v.data.video_files import left_out
@@ -122,7 +121,7 @@ def default_device() -> torch.device:
 
 def default_workers(device: torch.device) -> int:
     """Decoding processes: most of the cores if a GPU does the rest."""
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     return max(1, cores - 1) if device.type == "cuda" else cores // 4
 
 

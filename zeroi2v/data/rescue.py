@@ -37,7 +37,8 @@ def find_fatal_files(source: FrameReader, tasks: Iterable[Any]) -> dict[str, str
             process.join()
         if process.exitcode >= 0 or path is None:
             return fatal
-        how = "hangs" if process.exitcode == -signal.SIGALRM else "crashes"
+        alarm = getattr(signal, "SIGALRM", None)  # not on Windows
+        how = "hangs" if alarm is not None and process.exitcode == -alarm else "crashes"
         fatal[path] = f"{path}: {how} the decoder"
 
 

@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 2
 .PHONY: all demo test bench bench-compare check-gpu check clean
 all: .venv/installed
 
-.venv/installed: setup.py constraints.txt
+.venv/installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) install -q -c constraints.txt torch
 	$(PIP) install -q -c constraints.txt -e '.[train,export,dev]'
@@ -17,7 +17,7 @@ all: .venv/installed
 	touch $@
 
 demo: .venv/installed
-	.venv/bin/python train/demo.py
+	.venv/bin/python examples/demo.py
 
 test: .venv/installed check
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile tests bench

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from bench.measure import interleave
-from zeroi2v.linear import linear
+from zeroi2v.model.linear import linear
 
 PACKAGES = (
     "torch triton flash-attn deepspeed av transformers timm open_clip_torch torchcodec decord"
@@ -53,8 +53,8 @@ def ceilings(seconds: float = 2.0) -> dict[str, float]:
     """What this machine reaches: FLOP/s of a large matmul by dtype, and bytes/s of a large copy.
 
     Each is the best of the runs that fit into `seconds`, on a CPU by either of the libraries that
-    PyTorch carries (see `zeroi2v.linear`). A copy counts what it reads and what it writes. float32
-    is as PyTorch computes it unasked, without TF32.
+    PyTorch carries (see `zeroi2v.model.linear`). A copy counts what it reads and what it writes.
+    float32 is as PyTorch computes it unasked, without TF32.
     """
     where, size = device(), MATRIX[device()]
     found = {}

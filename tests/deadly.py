@@ -4,15 +4,15 @@ import os
 import signal
 import time
 
-from zeroi2v.data import source, views
+from zeroi2v.data import clip_worker, views
 
 
-class DeadlySource(source.ClipSource):
+class DeadlySource(clip_worker.ClipSource):
     """As `ClipSource`, but files named `deadly…` crash their worker and `endless…` hang it."""
 
     def read(self, *args):
         if self._is_worker:
-            source.read_sample = read_sample
+            clip_worker.read_sample = read_sample
         return super().read(*args)
 
 
@@ -21,11 +21,11 @@ class DeadlyViews(views.ViewSource):
 
     def read(self, *args):
         if self._is_worker:
-            source.read_sample = read_sample
+            clip_worker.read_sample = read_sample
         return super().read(*args)
 
 
-really_read_sample = source.read_sample
+really_read_sample = clip_worker.read_sample
 
 
 def read_sample(sample, *args):

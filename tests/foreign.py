@@ -10,7 +10,7 @@ from models import build, small_config
 
 from bench.baselines.image_models import _declare_torchvision_operators
 from zeroi2v.config import RECIPES
-from zeroi2v.model import VideoViT
+from zeroi2v.model.vit import VideoViT
 
 # The authors' training configs say which class, and count channels to shift as width / div.
 CLASSES = {

@@ -3,7 +3,7 @@
 import torch
 
 from zeroi2v.config import RECIPES, ModelConfig
-from zeroi2v.model import VideoViT
+from zeroi2v.model.vit import VideoViT
 
 
 def small_config(recipe: str | None = None, **overrides) -> ModelConfig:

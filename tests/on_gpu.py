@@ -21,15 +21,15 @@ from training import assert_same_run, command, environment, finish, make_data
 from training import weights as weights_of
 from videos import numbered_frame, write_numbered, write_video
 
-from train.log import read_log
 from zeroi2v import cli, evaluate, export, merge, predict, reparam
-from zeroi2v.attention import set_backend
-from zeroi2v.checkpoint import load
 from zeroi2v.config import ModelConfig
 from zeroi2v.data.annotations import Sample
 from zeroi2v.data.augment import KINDS, AugmentConfig
+from zeroi2v.data.clip_worker import ClipSource
 from zeroi2v.data.pipeline import ClipLoader
-from zeroi2v.data.source import ClipSource
+from zeroi2v.model.attention import set_backend
+from zeroi2v.storage.checkpoint import load
+from zeroi2v.train.log import read_log
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"

@@ -14,7 +14,7 @@ from bench.baselines.published import PUBLISHED
 from bench.baselines.st_adapter import st_adapter
 from bench.flops import counted, formula
 from zeroi2v.config import RECIPES, ModelConfig
-from zeroi2v.model import VideoViT
+from zeroi2v.model.vit import VideoViT
 from zeroi2v.reparam import merge, seeded_clips
 
 RIVALS = {"AIM": aim, "ST-Adapter": st_adapter, "joint": joint}

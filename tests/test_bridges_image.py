@@ -12,7 +12,7 @@ from models import build
 from safetensors.torch import save_file
 
 from zeroi2v import VideoViT, load_foreign, merge, verify
-from zeroi2v.checkpoint import load_backbone
+from zeroi2v.bridges.load import load_backbone
 from zeroi2v.config import ModelConfig
 from zeroi2v.reparam import seeded_clips
 

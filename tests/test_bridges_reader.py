@@ -14,9 +14,10 @@ from foreign import authors_config, authors_state, save_authors, trained_model
 from safetensors.torch import save_file
 
 from zeroi2v import load_foreign
+from zeroi2v.bridges.load import load_backbone
 from zeroi2v.bridges.mmconfig import Unknown, find, parse_config, read_config
 from zeroi2v.bridges.reader import read_source
-from zeroi2v.checkpoint import load, load_backbone, save
+from zeroi2v.storage.checkpoint import load, save
 
 SSV2 = "vit_b16_ssv2_16"
 

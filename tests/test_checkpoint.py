@@ -9,16 +9,16 @@ from models import build, small_config
 from safetensors.torch import load_file, save_file
 
 from zeroi2v import VideoViT, merge
-from zeroi2v.checkpoint import (
+from zeroi2v.bridges.load import load_backbone
+from zeroi2v.config import ModelConfig
+from zeroi2v.storage.checkpoint import (
     CONFIG,
     WEIGHTS,
     load,
-    load_backbone,
     model_folder,
     save,
     weights_hash,
 )
-from zeroi2v.config import ModelConfig
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_a_failing_save_leaves_the_old_model(folder, monkeypatch):
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("zeroi2v.checkpoint.save_file", full_disk)
+    monkeypatch.setattr("zeroi2v.storage.checkpoint.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save(build(small_config(), seed=1), folder)
     assert (folder / WEIGHTS).read_bytes() == before

@@ -11,13 +11,13 @@ from models import build, small_config
 from training import arguments, make_data
 from videos import write_numbered
 
-from train.config import load_config
-from train.job import read_samples, with_classes
-from train.main import main as train
 from zeroi2v import check_data, cli, evaluate, predict
 from zeroi2v.data.annotations import Sample, class_names, read_list, read_videos
 from zeroi2v.data.classes import occurrence, read_labels
 from zeroi2v.data.video_files import find_videos, left_out
+from zeroi2v.train.config import load_config
+from zeroi2v.train.main import main as train
+from zeroi2v.train.prepare import read_samples, with_classes
 
 TRAINED = ("archery", "chess", "diving", "golf")
 
@@ -181,7 +181,7 @@ def test_validation_during_training_has_the_numbers_of_the_training_list(tmp_pat
 def test_a_run_tells_which_classes_occur_and_which_files_are_no_videos(
     tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("train.main.write_report", lambda folder: None)
+    monkeypatch.setattr("zeroi2v.train.main.write_report", lambda folder: None)
     data = make_data(tmp_path / "data") if (tmp_path / "data").mkdir() is None else None
     for kind, numbers in (("train", range(16)), ("val", (1, 2, 5))):
         for i in numbers:

@@ -55,7 +55,7 @@ def test_the_table_holds_every_kernel_and_configuration_for_every_architecture()
 
 def test_cases_cover_every_launch_table_head_width_and_dtype():
     from zeroi2v_kernels import stdha_launch
-    from zeroi2v_kernels.stdha import TRITON_DTYPES, TRITON_WIDTHS
+    from zeroi2v_kernels.device import TRITON_DTYPES, TRITON_WIDTHS
 
     for arch in compile_kernels.ARCHITECTURES:
         names = {case["name"] for case in compile_kernels.cases(arch)}

@@ -9,10 +9,11 @@ import yaml
 from foreign import authors_config, authors_state, save_authors, timm_model, trained_model
 from models import build
 
-from train.config import load_config
 from zeroi2v import ModelConfig, cli, convert
-from zeroi2v.checkpoint import load, load_backbone
+from zeroi2v.bridges.load import load_backbone
 from zeroi2v.config import RECIPES
+from zeroi2v.storage.checkpoint import load
+from zeroi2v.train.config import load_config
 
 SSV2 = "vit_b16_ssv2_16"
 

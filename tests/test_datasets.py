@@ -287,8 +287,8 @@ def test_class_folders_may_hold_folders_of_images(tmp_path):
 
 
 def test_class_names_travel_into_the_models_config(tmp_path):
-    from train.config import build_dataclass
-    from train.job import RunConfig, with_classes
+    from zeroi2v.train.config import build_dataclass
+    from zeroi2v.train.prepare import RunConfig, with_classes
 
     ucf101(tmp_path / "ucf")
     write(tmp_path / "names.txt", "left\nright\n")
@@ -305,7 +305,7 @@ def test_class_names_travel_into_the_models_config(tmp_path):
 
 
 def test_long_waits_for_data_are_hinted_at_once(tmp_path, capsys):
-    from train.log import RunLog
+    from zeroi2v.train.log import RunLog
 
     log = RunLog(tmp_path, steps_per_epoch=100, epochs=1, every=5)
     waits = [0.9] * 5 + [0.05] * 5 + [0.2] * 20  # the first steps always wait

@@ -3,12 +3,11 @@
 import json
 from dataclasses import replace
 
+import demo
+import demo_report
 import numpy as np
 import pytest
-
-from train import demo, demo_report
-from train.config import load_config
-from train.moving_shapes import (
+from moving_shapes import (
     DIRECTIONS,
     NUM_FRAMES,
     SHAPES,
@@ -18,8 +17,10 @@ from train.moving_shapes import (
     single_frames,
     write_videos,
 )
+
 from zeroi2v.data.annotations import read_list
 from zeroi2v.data.decode import read_frames
+from zeroi2v.train.config import load_config
 
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 
@@ -106,7 +107,7 @@ def test_single_frames_are_named_by_their_shape():
 
 def test_every_run_of_the_demo_has_a_config_that_fits_its_videos():
     for name, overrides in demo.RUNS.items():
-        config = load_config(demo.ROOT / demo.CONFIG, overrides)
+        config = load_config(demo.CONFIG, overrides)
         assert config.model.image_size == SIZE and config.model.num_classes == len(DIRECTIONS)
         assert (config.model.adapter is None) == (name == "head")
         assert any(config.model.head_offsets) == (name == "stdha")

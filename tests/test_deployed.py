@@ -19,10 +19,10 @@ from models import build, small_config
 from videos import numbered_frame, write_numbered, write_video
 
 from zeroi2v import cli, evaluate, export, predict, reparam
-from zeroi2v.capture import record
 from zeroi2v.data.decode import read_frames
-from zeroi2v.deployed import load_deployed
-from zeroi2v.timeline import draw_timeline, timeline
+from zeroi2v.data.live_input import record
+from zeroi2v.drawing.timeline import draw_timeline, timeline
+from zeroi2v.storage.runtimes import load_deployed
 
 ROOT = Path(__file__).parents[1]
 PICTURES = ("one", "none", "many")

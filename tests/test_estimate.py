@@ -10,8 +10,8 @@ import pytest
 import torch
 from training import Ranks, arguments, make_data
 
-import train.estimate
-from train.estimate import (
+import zeroi2v.train.estimate
+from zeroi2v.train.estimate import (
     Cost,
     forget_peak,
     group_memory,
@@ -19,7 +19,7 @@ from train.estimate import (
     memory_limit,
     peak_memory,
 )
-from train.main import main
+from zeroi2v.train.main import main
 
 # Two sizes whose activations are much of what the process holds, and 12 clips at once.
 SIZES = {
@@ -43,7 +43,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def believe_extrapolation() -> None:
-    train.estimate.SAFE = 0.0
+    zeroi2v.train.estimate.SAFE = 0.0
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -69,7 +69,7 @@ def test_estimated_memory_is_within_15_percent_of_the_runs(data, tmp_path, size,
 def test_what_was_held_before_a_measurement_is_not_in_it(monkeypatch):
     """The passes that are extrapolated from may have more clips than the run."""
     engine = SimpleNamespace(device=torch.device("cpu"))
-    monkeypatch.setattr(train.estimate, "run_pass", lambda *_: torch.ones(2**24))  # 64 MiB
+    monkeypatch.setattr(zeroi2v.train.estimate, "run_pass", lambda *_: torch.ones(2**24))  # 64 MiB
     forget_peak(engine.device)
     held = torch.ones(2**27)  # 512 MiB
     before = peak_memory(engine.device)
@@ -98,8 +98,8 @@ def test_dry_run_says_what_to_change_when_the_run_does_not_fit(data, tmp_path, m
     def measure(engine, clip, optim):
         return costs[engine.module.transformer.resblocks[0].memory], Cost(0.1, 0.1)
 
-    monkeypatch.setattr(train.estimate, "measure", measure)
-    monkeypatch.setattr(train.estimate, "memory_limit", lambda device: (190e6, 1e9))
+    monkeypatch.setattr(zeroi2v.train.estimate, "measure", measure)
+    monkeypatch.setattr(zeroi2v.train.estimate, "memory_limit", lambda device: (190e6, 1e9))
     main([*arguments(data, tmp_path / "run", "optim.batch_size=16", "optim.micro_batch=8"),
           "--dry-run"])  # fmt: skip
     lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("verdict")]
@@ -109,7 +109,7 @@ def test_dry_run_says_what_to_change_when_the_run_does_not_fit(data, tmp_path, m
         "verdict     fits with optim.memory=lean optim.micro_batch=2: 0.16 GB",
         "verdict     fits with optim.memory=recompute: 0.18 GB",
     ]
-    monkeypatch.setattr(train.estimate, "memory_limit", lambda device: (50e6, 1e9))
+    monkeypatch.setattr(zeroi2v.train.estimate, "memory_limit", lambda device: (50e6, 1e9))
     main([*arguments(data, tmp_path / "run"), "--dry-run"])
     assert "no option helps: 0.11 GB even for one clip at a time" in capsys.readouterr().out
 
@@ -143,8 +143,8 @@ def test_memory_of_a_machine_is_what_its_control_group_leaves(monkeypatch, tmp_p
     own = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=70))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: machine)
     monkeypatch.setattr(psutil, "Process", lambda: own)
-    monkeypatch.setattr(train.estimate, "group_memory", lambda: [(400, 1000)])
-    monkeypatch.setattr(train.estimate, "gather", lambda value: [value, value])
-    monkeypatch.setattr(train.estimate.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(zeroi2v.train.estimate, "group_memory", lambda: [(400, 1000)])
+    monkeypatch.setattr(zeroi2v.train.estimate, "gather", lambda value: [value, value])
+    monkeypatch.setattr(zeroi2v.train.estimate.dist, "get_world_size", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert memory_limit(torch.device("cpu")) == (270, 1000)

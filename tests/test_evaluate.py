@@ -11,11 +11,12 @@ from models import build, small_config
 from torch import nn
 from videos import numbered_frame, write_numbered, write_video
 
-from zeroi2v import cli, evaluate, figures, merge
-from zeroi2v.checkpoint import load
+from zeroi2v import cli, evaluate, inference, merge
 from zeroi2v.data.annotations import read_list
 from zeroi2v.data.views import ViewLoader
-from zeroi2v.predict import predict_each
+from zeroi2v.drawing import figures
+from zeroi2v.inference import predict_each
+from zeroi2v.storage.checkpoint import load
 
 LABELS = tuple(f"class {i}" for i in range(11))
 VIDEOS = 6
@@ -59,7 +60,7 @@ def test_metrics_count_by_hand():
         ]
     )
     probs = torch.zeros(6, 6).scatter(1, order, torch.linspace(0.3, 0.05, 6).expand(6, 6))
-    found = evaluate.metrics(probs, labels)
+    found = inference.metrics(probs, labels)
     assert found["top1"] == pytest.approx(100 * 3 / 6)
     assert found["top5"] == pytest.approx(100 * 5 / 6)
     assert found["mean_class"] == pytest.approx(100 * (2 / 3 + 1 + 0) / 3)
@@ -70,8 +71,8 @@ def test_metrics_count_by_hand():
 
 
 def test_top5_is_none_below_five_classes():
-    assert evaluate.metrics(torch.eye(4), torch.arange(4))["top5"] is None
-    assert evaluate.metrics(torch.eye(5), torch.arange(5))["top5"] == 100
+    assert inference.metrics(torch.eye(4), torch.arange(4))["top5"] is None
+    assert inference.metrics(torch.eye(5), torch.arange(5))["top5"] == 100
 
 
 @pytest.mark.parametrize(
@@ -80,13 +81,13 @@ def test_top5_is_none_below_five_classes():
 )
 def test_metrics_refuse_what_has_no_accuracy(probs, message):
     with pytest.raises(ValueError, match=message):
-        evaluate.metrics(probs, torch.zeros(len(probs), dtype=torch.int64))
+        inference.metrics(probs, torch.zeros(len(probs), dtype=torch.int64))
 
 
 def test_views_are_averaged_after_the_softmax(place):
     model = build(small_config())
     _, loader = loader_for(model, place)
-    index, probs = evaluate.predict_views(model, loader, "cpu")
+    index, probs = inference.predict_views(model, loader, "cpu")
     assert index.tolist() == list(range(VIDEOS)) and probs.dtype == torch.float32
     batches = list(loader.epoch())
     with torch.no_grad():
@@ -100,10 +101,10 @@ def test_views_are_averaged_after_the_softmax(place):
 def test_padding_and_undecodable_videos_are_left_out_and_the_rest_unchanged(place):
     model = build(small_config())
     _, loader = loader_for(model, place)
-    _, expected = evaluate.predict_views(model, loader, "cpu")
+    _, expected = inference.predict_views(model, loader, "cpu")
     _, loader = loader_for(model, place, "mixed.txt")
     counts = []
-    index, probs = evaluate.predict_views(model, loader, "cpu", progress=counts.append)
+    index, probs = inference.predict_views(model, loader, "cpu", progress=counts.append)
     assert index.tolist() == [0, 1, 2, 4, 5, 6] and sum(counts) == VIDEOS
     torch.testing.assert_close(probs, expected, rtol=1e-4, atol=1e-6)
 
@@ -127,7 +128,7 @@ def test_the_model_is_called_in_eval_mode_in_its_dtype_and_given_back_as_it_was(
         video=torch.ones(2, 1, 3, 2, 4, 4), index=torch.tensor([0, 1]), label=torch.zeros(2)
     )
     model = Probe(torch.bfloat16).train(training)
-    evaluate.predict_views(model, SimpleNamespace(epoch=lambda: [batch]), "cpu")
+    inference.predict_views(model, SimpleNamespace(epoch=lambda: [batch]), "cpu")
     assert model.seen == {(False, torch.bfloat16, False)} and model.training == training
 
 
@@ -141,8 +142,8 @@ def test_the_command_writes_the_figures_of_its_views(place, tmp_path, capsys):
 
     model = build(small_config())
     samples, loader = loader_for(model, place)
-    _, probs = evaluate.predict_views(model, loader, "cpu")
-    expected = evaluate.metrics(probs, torch.tensor([s.label for s in samples]))
+    _, probs = inference.predict_views(model, loader, "cpu")
+    expected = inference.metrics(probs, torch.tensor([s.label for s in samples]))
     report = json.loads(out.read_text())
     assert {key: report[key] for key in expected} == expected
     assert report["views"] == [2, 3] and report["labels"] == list(LABELS)

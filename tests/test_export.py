@@ -19,13 +19,13 @@ from test_preprocess import mmaction2
 from videos import write_numbered
 
 from zeroi2v import evaluate, merge
-from zeroi2v.checkpoint import save
 from zeroi2v.cli import run
 from zeroi2v.config import PreprocessConfig
-from zeroi2v.deployed import CONFIG_KEY, ExportedModel, OnnxModel, load_deployed
 from zeroi2v.export import check_export_path, export, main, program
-from zeroi2v.predict import predict
+from zeroi2v.inference import predict
 from zeroi2v.reparam import seeded_clips
+from zeroi2v.storage.checkpoint import save
+from zeroi2v.storage.runtimes import CONFIG_KEY, ExportedModel, OnnxModel, load_deployed
 
 pytest.importorskip("onnxscript", reason="ONNX is not installed: pip install zeroi2v[export]")
 SIDES = {"onnx": "onnx", "torch-export": "pt2"}
@@ -63,7 +63,7 @@ def test_file_computes_the_merged_model_for_any_batch(merged, files, suffix):
 
 LOADED_ELSEWHERE = """
 import sys, torch
-from zeroi2v.deployed import load_deployed
+from zeroi2v.storage.runtimes import load_deployed
 
 model = load_deployed(sys.argv[1], "meta")
 tensors = [*model.parameters(), *model.buffers()]

@@ -9,7 +9,7 @@ import pytest
 from models import build, small_config
 from videos import write_numbered
 
-import train.main
+import zeroi2v.train.main
 from zeroi2v import cli, export, extras, merge, predict
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +29,7 @@ def test_each_verb_names_the_package_and_how_to_get_it(without_extras, tmp_path,
          "error: format onnx needs the package onnx: pip install 'zeroi2v[export]'"),
         (predict.main, [str(tmp_path / "x.onnx"), "v.mp4"],
          "error: an ONNX file needs the package onnxruntime: pip install 'zeroi2v[export]'"),
-        (train.main.main, ["--config", "x.yaml", "--dry-run"],
+        (zeroi2v.train.main.main, ["--config", "x.yaml", "--dry-run"],
          "error: training needs the package nvidia.dali: pip install 'zeroi2v[train]'"),
     ):  # fmt: skip
         assert cli.run(main, words) == 1
@@ -38,12 +38,12 @@ def test_each_verb_names_the_package_and_how_to_get_it(without_extras, tmp_path,
 
 
 def test_extras_are_those_of_the_installation_and_imported_where_they_are_used():
-    setup = (ROOT / "setup.py").read_text()
+    project = (ROOT / "pyproject.toml").read_text()
     for package, extra in extras.EXTRAS.items():
-        listed = setup.split(f'"{extra}": [')[1].split("]")[0]
+        listed = project.split(f"\n{extra} = [")[1].split("]")[0]
         assert f'"{package.replace(".", "-")}' in listed
     late = {*extras.EXTRAS, "zeroi2v.data.graph"}  # which is imported where a graph is built
-    for path in [*(ROOT / "zeroi2v").rglob("*.py"), *(ROOT / "train").rglob("*.py")]:
+    for path in (ROOT / "zeroi2v").rglob("*.py"):
         if path.name == "graph.py":
             continue
         for node in ast.parse(path.read_text()).body:
@@ -62,7 +62,7 @@ from importlib.machinery import PathFinder
 hidden, find_spec = {"nvidia", *sys.argv[1].split(",")}, PathFinder.find_spec
 PathFinder.find_spec = lambda name, *rest: None if name in hidden else find_spec(name, *rest)
 from zeroi2v import cli
-import train.main
+import zeroi2v.train.main
 
 for verb in cli.VERBS:
     sys.argv = ["zeroi2v", verb, "--help"]
@@ -74,7 +74,7 @@ statuses = []
 for line in sys.stdin.read().splitlines():
     sys.argv = ["zeroi2v", *line.split("|")]
     statuses.append(cli.main())
-statuses.append(cli.run(train.main.main, ["--config", "x.yaml", "--dry-run"]))
+statuses.append(cli.run(zeroi2v.train.main.main, ["--config", "x.yaml", "--dry-run"]))
 print("statuses", statuses)
 """
 

@@ -7,9 +7,9 @@ import torch
 from models import build, small_config
 
 from bench.flops import counted, formula
-from zeroi2v.attention import set_backend
 from zeroi2v.config import RECIPES, ModelConfig
-from zeroi2v.model import VideoViT
+from zeroi2v.model.attention import set_backend
+from zeroi2v.model.vit import VideoViT
 from zeroi2v.reparam import seeded_clips
 
 

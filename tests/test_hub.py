@@ -8,10 +8,10 @@ import yaml
 from models import build, small_config
 
 from zeroi2v import VideoViT, merge, predict, reparam
-from zeroi2v.card import model_card, published_recipe
-from zeroi2v.checkpoint import fetch, save
 from zeroi2v.cli import run
 from zeroi2v.config import RECIPES
+from zeroi2v.storage.checkpoint import fetch, save
+from zeroi2v.storage.model_card import model_card, published_recipe
 
 
 @pytest.fixture(autouse=True)

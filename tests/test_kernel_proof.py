@@ -16,6 +16,7 @@ from zeroi2v_kernels import (
     adapter_linear_triton,
     norm,
     proof,
+    shipped,
     stdha_launch,
     stdha_triton,
 )
@@ -308,5 +309,5 @@ def test_what_is_proven_on_a_device_covers_every_kernel():
     not os.environ.get("ZEROI2V_PROVE_ALL"), reason="minutes long: set ZEROI2V_PROVE_ALL"
 )
 def test_all_that_is_shipped_passes():
-    for verdict in proof.prove_shipped(CPU, fresh=True):
+    for verdict in shipped.prove_shipped(CPU, fresh=True):
         assert verdict.passed, verdict

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from models import randomize
 from rounding import excesses
 
-from zeroi2v import linear as module
-from zeroi2v.linear import Linear, ScaledLinear, linear, on_onednn
+from zeroi2v.model import linear as module
+from zeroi2v.model.linear import Linear, ScaledLinear, linear, on_onednn
 
 
 @pytest.mark.parametrize("rows", [(1,), (2, 3, 17), (2, 5, 1)])

@@ -13,9 +13,9 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import train.main
-from train.log import RunLog, cut_log, draw_plots, read_log
+import zeroi2v.train.main
 from zeroi2v.cli import run
+from zeroi2v.train.log import RunLog, cut_log, draw_plots, read_log
 
 LINE = (
     r"epoch (\d+)/(\d+) \| step (\d+)/(\d+) \| loss ([\d.]+) \| lr [\d.e-]+ \| ([\d.]+) clips/s \| "
@@ -199,9 +199,11 @@ def test_wandb_that_can_not_start_is_one_line(tmp_path, fake_wandb):
 def test_wandb_asked_for_but_not_installed_is_told_before_work_starts(
     tmp_path, monkeypatch, capsys
 ):
-    find_spec = train.job.find_spec
+    find_spec = zeroi2v.train.prepare.find_spec
     monkeypatch.setattr(
-        train.job, "find_spec", lambda name: None if name == "wandb" else find_spec(name)
+        zeroi2v.train.prepare,
+        "find_spec",
+        lambda name: None if name == "wandb" else find_spec(name),
     )
     Path(tmp_path / "list.txt").write_text("a.mp4 0\n")
     config = {
@@ -212,7 +214,7 @@ def test_wandb_asked_for_but_not_installed_is_told_before_work_starts(
         "run": {"dir": str(tmp_path / "run"), "wandb": "videos"},
     }  # fmt: skip
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    assert run(train.main.main, ["--config", str(tmp_path / "config.yaml")]) == 1
+    assert run(zeroi2v.train.main.main, ["--config", str(tmp_path / "config.yaml")]) == 1
     error = capsys.readouterr().err
     assert error == "error: run.wandb needs the package wandb: pip install wandb\n"
     assert not (tmp_path / "run").exists()

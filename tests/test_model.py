@@ -8,7 +8,7 @@ from models import build, randomize, small_config
 
 from bench.baselines.image_models import open_clip_tower, transformers_clip
 from zeroi2v.config import RECIPES, ModelConfig
-from zeroi2v.model import LayerNorm, VideoViT
+from zeroi2v.model.vit import LayerNorm, VideoViT
 from zeroi2v.reparam import merge
 
 SHAPES = {

@@ -24,11 +24,11 @@ from torch.distributed import distributed_c10d
 from training import finish, held_port
 from videos import write_numbered
 
-from train.config import OptimConfig
-from train.engine import build_engine
-from train.log import read_log
-from train.processes import end_processes, start_processes
 from zeroi2v import VideoViT
+from zeroi2v.train.config import OptimConfig, find_config
+from zeroi2v.train.distributed import end_processes, start_processes
+from zeroi2v.train.engine import build_engine
+from zeroi2v.train.log import read_log
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -153,7 +153,7 @@ def test_kubernetes_job_is_well_formed_and_a_lost_node_ends_the_other_which_can_
     volumes = {volume["name"] for volume in job["spec"]["template"]["spec"]["volumes"]}
     assert {mount["name"] for mount in container["volumeMounts"]} == volumes
     assert env["RUN_DIR"].startswith("/storage/") and env["VIDEOS"].startswith("/storage/")
-    assert (ROOT / env["CONFIG"]).is_file()
+    assert find_config(env["CONFIG"]).is_file()
 
     # Its command, on two nodes of one process, for longer than the test lasts.
     values = yaml.safe_load(config.read_text())

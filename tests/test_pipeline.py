@@ -32,13 +32,13 @@ from videos import (
 
 from zeroi2v.config import ModelConfig, PreprocessConfig
 from zeroi2v.data import augment as changes
-from zeroi2v.data import frame_cache, pipeline, source
+from zeroi2v.data import clip_worker, frame_cache, pipeline
 from zeroi2v.data.annotations import Sample
+from zeroi2v.data.clip_worker import ClipSource
 from zeroi2v.data.decode import DecodeError, read_frames
 from zeroi2v.data.graph import clip_graph
 from zeroi2v.data.nvdec import Capability
 from zeroi2v.data.pipeline import AugmentConfig, ClipLoader, check_bad_files
-from zeroi2v.data.source import ClipSource
 
 FULL = AugmentConfig(erasing=0.5)
 
@@ -331,7 +331,7 @@ def test_each_rand_augment_operation_equals_pils(tmp_path, monkeypatch, name, si
     row = np.zeros((1, 11), np.float32)
     row[0, :2] = changes.KINDS.index(kind), value
     row[0, 2 : 2 + len(numbers)] = numbers
-    monkeypatch.setattr(source, "draw_ops", lambda *args: row)
+    monkeypatch.setattr(clip_worker, "draw_ops", lambda *args: row)
     augment = AugmentConfig(
         rand_augment_ops=1, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0
     )
@@ -566,7 +566,7 @@ def test_a_program_with_workers_is_run_once_and_ends_though_its_epoch_does_not(s
 
 
 def test_workers_import_neither_torch_nor_more_than_they_need():
-    code = "import sys, zeroi2v.data.source; print('torch' in sys.modules)"
+    code = "import sys, zeroi2v.data.clip_worker; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

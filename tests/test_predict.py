@@ -12,11 +12,11 @@ import torch
 from models import build, small_config
 from videos import write_numbered
 
-from zeroi2v import cli, predict
-from zeroi2v.checkpoint import load, weights_hash
+from zeroi2v import cli, inference, predict
 from zeroi2v.data.annotations import Sample
 from zeroi2v.data.views import ViewLoader
-from zeroi2v.evaluate import predict_views
+from zeroi2v.inference import predict_views
+from zeroi2v.storage.checkpoint import load, weights_hash
 
 LABELS = tuple(f"class {i}" for i in range(11))
 
@@ -39,7 +39,7 @@ def place(tmp_path_factory):
 def test_probabilities_are_those_of_evaluation(place):
     model = build(small_config(labels=LABELS))
     paths = [str(place / f"video {i}.mp4") for i in range(3)]
-    results = predict.predict(model, paths, topk=11)
+    results = inference.predict(model, paths, topk=11)
     samples = [Sample(path, 0) for path in paths]
     views = model.config.preprocess.test_views
     loader = ViewLoader(samples, model.config, batch_size=2, test=True, views=views)
@@ -107,7 +107,7 @@ def test_a_model_whose_output_is_not_finite_predicts_nothing(place):
     with torch.no_grad():
         model.head.bias[0] = torch.nan
     with pytest.raises(ValueError, match="must be finite"):
-        predict.predict(model, [str(place / "video 0.mp4")])
+        inference.predict(model, [str(place / "video 0.mp4")])
 
 
 def rows(path) -> list[dict]:
@@ -211,8 +211,8 @@ def test_an_answer_needs_neither_compiler_nor_plots_nor_trainer(place):
     # Each takes a second or more to import, at every cold start.
     code = f"""
 import sys
-from zeroi2v import cli, predict
-from zeroi2v.checkpoint import load, weights_hash
+from zeroi2v import cli, inference, predict
+from zeroi2v.storage.checkpoint import load, weights_hash
 status = cli.run(predict.main, [{str(place / "named")!r}, {str(place / "video 0.mp4")!r}])
 heavy = "torch._dynamo torch._inductor sympy matplotlib deepspeed onnxruntime transformers".split()
 print(status, [name for name in heavy if name in sys.modules])

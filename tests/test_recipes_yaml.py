@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from train.config import load_config
 from zeroi2v.config import RECIPES
+from zeroi2v.train.config import load_config
 
-CONFIGS = Path(__file__).parents[1] / "train" / "configs"
+CONFIGS = Path(__file__).parents[1] / "zeroi2v" / "train" / "configs"
 
 # Frames, sampling, offsets of the first heads, adapter scale and dropout, classes, test views,
 # epochs, batch, erasing, label smoothing, factor on the backbone's learning rate.
@@ -107,12 +107,15 @@ def test_commands_of_the_header_are_taken_by_the_config(name):
     commands = [shlex.split(x) for x in text.splitlines() if re.match("deepspeed|python", x)]
     assert len(commands) == (2 if "ucf101" in name or "hmdb51" in name else 1)
     for command in commands:
-        assert command[1] in ("train/main.py", "train/splits.py")
-        path = command[command.index("--config") + 1]
+        assert command[:2] == ["deepspeed", "train/main.py"] or command[1:3] == [
+            "-m",
+            "zeroi2v.train.splits",
+        ]
+        recipe = command[command.index("--config") + 1]
         overrides = [word for word in command if re.match(r"\w+\.\w+=", word)]
         assert len(overrides) >= 2
-        config = load_config(CONFIGS.parents[1] / path, overrides)
-        assert Path(path).stem == name and config.model.backbone and config.data.root
+        config = load_config(recipe, overrides)
+        assert recipe == name and config.model.backbone and config.data.root
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

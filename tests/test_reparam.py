@@ -8,11 +8,11 @@ import torch
 from fake_gpu import fake_gpu
 from models import build, small_config
 
-from zeroi2v.checkpoint import load
 from zeroi2v.cli import run
 from zeroi2v.config import RECIPES, AdapterConfig, ModelConfig
-from zeroi2v.model import VideoViT
+from zeroi2v.model.vit import VideoViT
 from zeroi2v.reparam import main, merge, seeded_clips, verify
+from zeroi2v.storage.checkpoint import load
 
 
 @pytest.mark.parametrize("name", RECIPES)

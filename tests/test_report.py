@@ -12,10 +12,10 @@ import pytest
 import yaml
 from videos import write_numbered
 
-import train.main
-from train import report
-from train.report import per_class, write_report
+import zeroi2v.train.main
 from zeroi2v.cli import run
+from zeroi2v.train import report
+from zeroi2v.train.report import per_class, write_report
 
 LABELS = ["left", "right", "<b>up</b>", "down & out"]
 
@@ -66,7 +66,7 @@ def finished(tmp_path_factory) -> Path:
         "run": {"dir": str(folder / "first run"), "log_every": 1},
     }  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    train.main.main(["--config", str(folder / "config.yaml")])
+    zeroi2v.train.main.main(["--config", str(folder / "config.yaml")])
     return folder / "first run"
 
 

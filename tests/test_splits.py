@@ -14,13 +14,13 @@ import yaml
 from training import wait_for
 from videos import write_numbered
 
-import train.main
-from train import splits
-from train.config import load_config
-from train.job import draw_shots
-from train.log import read_log
+import zeroi2v.train.main
 from zeroi2v.cli import run
 from zeroi2v.data.annotations import Sample
+from zeroi2v.train import splits
+from zeroi2v.train.config import load_config
+from zeroi2v.train.log import read_log
+from zeroi2v.train.prepare import draw_shots
 
 
 def samples(*counts: int) -> list[Sample]:
@@ -112,10 +112,10 @@ def here(monkeypatch):
 
     def train_here(part, path, launcher):
         started.append(part.name)
-        train.main.main(["--config", path, *part.overrides])
+        zeroi2v.train.main.main(["--config", path, *part.overrides])
 
     monkeypatch.setattr(splits, "train", train_here)
-    monkeypatch.setattr(train.main, "write_report", lambda folder: None)
+    monkeypatch.setattr(zeroi2v.train.main, "write_report", lambda folder: None)
     return started
 
 

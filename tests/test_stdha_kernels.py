@@ -28,10 +28,10 @@ from zeroi2v_kernels.stdha import (
 )
 
 from tests.models import build, small_config
-from zeroi2v.attention import set_backend
 from zeroi2v.config import RECIPES
+from zeroi2v.model.attention import set_backend
+from zeroi2v.model.training_block import can_train
 from zeroi2v.reparam import merge
-from zeroi2v.training_block import can_train
 
 stdha_launch = pytest.importorskip("zeroi2v_kernels.stdha_launch", reason="needs triton")
 pytestmark = pytest.mark.skipif(
@@ -385,7 +385,7 @@ def test_model_runs_on_the_kernels_in_training_and_compiled_as_one_graph(
     results = {}
     for backend in ("reference", "triton"):
         set_backend(model, backend)
-        monkeypatch.setattr("zeroi2v.model.uses_kernels", lambda _, on=backend == "triton": on)
+        monkeypatch.setattr("zeroi2v.model.vit.uses_kernels", lambda _, on=backend == "triton": on)
         model.zero_grad()
         logits = model(video)
         logits.square().sum().backward()

@@ -7,7 +7,7 @@ from models import build, small_config
 from videos import numbered_frame, write_video
 
 from zeroi2v.data import decode
-from zeroi2v.timeline import _columns, draw_timeline, timeline, window_spans
+from zeroi2v.drawing.timeline import _columns, draw_timeline, timeline, window_spans
 
 RATE, DAY = 5, 86_400
 

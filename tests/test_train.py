@@ -23,18 +23,18 @@ from training import (
     weights,
 )
 
-import train.main
-from train.config import OptimConfig, load_config
-from train.engine import build_engine, parameter_groups, schedule
-from train.log import read_log
-from train.processes import end_processes, start_processes
+import zeroi2v.train.main
 from zeroi2v import VideoViT, check_data
 from zeroi2v.cli import run
 from zeroi2v.config import ModelConfig
 from zeroi2v.data.annotations import read_list
 from zeroi2v.data.pipeline import ClipLoader
 from zeroi2v.data.views import ViewLoader
-from zeroi2v.evaluate import metrics, predict_views
+from zeroi2v.inference import metrics, predict_views
+from zeroi2v.train.config import OptimConfig, load_config
+from zeroi2v.train.distributed import end_processes, start_processes
+from zeroi2v.train.engine import build_engine, parameter_groups, schedule
+from zeroi2v.train.log import read_log
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,8 @@ def go(data, tmp_path, monkeypatch):
 
     def go(name: str, *overrides: str, plots: bool = False) -> Path:
         if not plots:  # they take longer than the run
-            monkeypatch.setattr(train.main, "write_report", lambda folder: None)
-        train.main.main(arguments(data, tmp_path / name, *overrides))
+            monkeypatch.setattr(zeroi2v.train.main, "write_report", lambda folder: None)
+        zeroi2v.train.main.main(arguments(data, tmp_path / name, *overrides))
         return tmp_path / name
 
     return go
@@ -159,14 +159,14 @@ def test_stages_agree_in_fp32(go):
 def test_kill_in_the_middle_of_a_save_leaves_the_state_before_it(go, monkeypatch):
     whole = go("whole")
     broken = go("broken", "run.max_steps=3")
-    write_whole = train.state.write_whole
+    write_whole = zeroi2v.train.state.write_whole
 
     def killed(path, text):
         if path.name == "latest":
             raise RuntimeError("killed")
         write_whole(path, text)
 
-    monkeypatch.setattr(train.state, "write_whole", killed)
+    monkeypatch.setattr(zeroi2v.train.state, "write_whole", killed)
     with pytest.raises(RuntimeError, match="killed"):
         go("broken", "run.resume=true", "run.max_steps=6")
     monkeypatch.undo()
@@ -179,13 +179,13 @@ def test_kill_in_the_middle_of_a_save_leaves_the_state_before_it(go, monkeypatch
 
 def test_signal_during_validation_stops_at_once_and_loses_nothing(go, monkeypatch, capsys):
     whole = go("whole")
-    predict = train.main.predict_views
+    predict = zeroi2v.train.main.predict_views
 
     def interrupted(*args):
         os.kill(os.getpid(), signal.SIGINT)
         return predict(*args)
 
-    monkeypatch.setattr(train.main, "predict_views", interrupted)
+    monkeypatch.setattr(zeroi2v.train.main, "predict_views", interrupted)
     with pytest.raises(SystemExit) as stop:
         go("broken")
     monkeypatch.undo()
@@ -287,7 +287,7 @@ def test_each_part_of_a_film_that_the_manifest_calls_bad_counts(data, tmp_path, 
         data_words = [f"data.train_list={source}", f"data.root={tmp_path}", "data.val_list=null",
                       f"data.manifest={manifest}", f"data.max_bad_fraction={limit}"]  # fmt: skip
         words = arguments(data, tmp_path / f"run{limit}", *data_words, "optim.batch_size=4")
-        assert run(train.main.main, [*words, "run.max_steps=1"]) == status
+        assert run(zeroi2v.train.main.main, [*words, "run.max_steps=1"]) == status
         captured = capsys.readouterr()
         if status:
             assert "at most data.max_bad_fraction 0.2 of 16: got 4" in captured.err
@@ -371,7 +371,7 @@ def test_bad_input_is_one_error_line_before_work_starts(data, tmp_path, capsys, 
     VideoViT(other).save_pretrained(tmp_path / "other")
     overrides = [text.format(tmp=tmp_path) for text in overrides]
     argv = ["--config", str(data / "config.yaml"), f"run.dir={tmp_path / 'run'}", *overrides]
-    assert run(train.main.main, argv) == 1
+    assert run(zeroi2v.train.main.main, argv) == 1
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
     assert message in captured.err

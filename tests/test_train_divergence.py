@@ -6,9 +6,9 @@ import pytest
 import torch
 from models import build, small_config
 
-from train.divergence import first_bad, remedy, watch
-from zeroi2v.attention import set_backend
-from zeroi2v.training_block import can_train
+from zeroi2v.model.attention import set_backend
+from zeroi2v.model.training_block import can_train
+from zeroi2v.train.divergence import first_bad, remedy, watch
 
 CONFIG = small_config(depth=2, width=192, num_frames=2)  # heads of 16
 NAMES = [n for n, _ in build(CONFIG).named_parameters() if "resblocks.0" not in n]
@@ -45,7 +45,7 @@ def share_one_storage(model) -> None:
 def test_layer_with_a_planted_nan_is_named(monkeypatch, name, path):
     model, video = planted(name)
     if path == "kernels":
-        monkeypatch.setattr("zeroi2v.model.uses_kernels", lambda _: True)
+        monkeypatch.setattr("zeroi2v.model.vit.uses_kernels", lambda _: True)
         set_backend(model, "triton")
     if path == "zero":
         share_one_storage(model)

@@ -24,14 +24,14 @@ from training import (
     wait_for,
 )
 
-import train.state
-from train.divergence import first_bad, watch
-from train.log import read_log
-from train.main import check_weights, main
-from train.state import StateFiles, _without_enums, lock_folder
+import zeroi2v.train.state
 from zeroi2v import VideoViT
 from zeroi2v.config import ModelConfig
 from zeroi2v.data.pipeline import ClipLoader
+from zeroi2v.train.divergence import first_bad, watch
+from zeroi2v.train.log import read_log
+from zeroi2v.train.main import check_weights, main
+from zeroi2v.train.state import StateFiles, _without_enums, lock_folder
 
 RUN = ("optim.epochs=6", "optim.micro_batch=1", "run.save_every=1", "run.resume=auto",
        "optim.zero_stage=3")  # fmt: skip
@@ -180,7 +180,7 @@ def test_taken_port_is_told_by_name_and_the_run_starts_when_it_is_free(data, tmp
 def test_run_folder_takes_one_run_at_a_time(data, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     folder.mkdir()
-    monkeypatch.setattr(train.state.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(zeroi2v.train.state.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(lock_folder, "__defaults__", (0.1,))
     with (
         lock_folder(folder),

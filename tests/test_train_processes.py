@@ -14,17 +14,17 @@ import torch
 import torch.distributed as dist
 from training import Ranks, arguments, make_data, wait_for
 
-import train.engine
-import train.main
-import train.processes
-from train.engine import read_later, update
-from train.log import read_log
-from train.processes import (
+import zeroi2v.train.distributed
+import zeroi2v.train.engine
+import zeroi2v.train.main
+from zeroi2v.train.distributed import (
     check_gpus,
     cores_per_process,
     end_processes,
     start_processes,
 )
+from zeroi2v.train.engine import read_later, update
+from zeroi2v.train.log import read_log
 
 RUN = ("optim.epochs=100", "optim.micro_batch=1", "data.val_list=null", "run.resume=auto")
 
@@ -44,8 +44,10 @@ def test_lone_process_trains_without_any_port(data, tmp_path, monkeypatch, no_ra
     monkeypatch.setattr(socket.socket, "bind", lambda *_: pytest.fail("a port is bound"))
     monkeypatch.setattr(dist, "TCPStore", lambda *_, **__: pytest.fail("a store listens"))
     monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: pytest.fail("a port is needed"))
-    monkeypatch.setattr(train.main, "write_report", lambda folder: None)
-    train.main.main(arguments(data, tmp_path / "run", "run.max_steps=1", "data.val_list=null"))
+    monkeypatch.setattr(zeroi2v.train.main, "write_report", lambda folder: None)
+    zeroi2v.train.main.main(
+        arguments(data, tmp_path / "run", "run.max_steps=1", "data.val_list=null")
+    )
     assert [line["step"] for line in read_log(tmp_path / "run")] == [1]
     assert "MASTER_PORT" not in os.environ
 
@@ -63,9 +65,9 @@ def test_what_processes_tell_each_other_goes_over_gloo_apart_from_gradients(monk
     monkeypatch.setattr(dist, "barrier", lambda *_, **__: pytest.fail("asks the GPU"))
     start_processes()
     try:
-        assert train.processes.add_up([1.5, 2]) == [1.5, 2.0]
-        assert train.processes.gather("x") == ["x"]
-        train.processes.wait_for_all()
+        assert zeroi2v.train.distributed.add_up([1.5, 2]) == [1.5, 2.0]
+        assert zeroi2v.train.distributed.gather("x") == ["x"]
+        zeroi2v.train.distributed.wait_for_all()
         assert len(groups) == 3
         for group in groups:
             assert group is not None and group is not dist.group.WORLD
@@ -75,13 +77,13 @@ def test_what_processes_tell_each_other_goes_over_gloo_apart_from_gradients(monk
 
 
 def short_limit() -> None:
-    for module in (train.processes, train.engine):
+    for module in (zeroi2v.train.distributed, zeroi2v.train.engine):
         module.limit = lambda: timedelta(seconds=15)
 
 
 def at_third_step(action) -> None:
     """Rank 1 does `action` before it tells of its third step."""
-    share, calls = train.main.share, []
+    share, calls = zeroi2v.train.main.share, []
 
     def stopped(*args):
         calls.append(1)
@@ -89,7 +91,7 @@ def at_third_step(action) -> None:
             action()
         return share(*args)
 
-    train.main.share = stopped
+    zeroi2v.train.main.share = stopped
 
 
 def die() -> None:
@@ -194,7 +196,7 @@ def test_loss_on_a_gpu_is_waited_for_by_its_event_and_not_for_ever(monkeypatch):
     event = SimpleNamespace(record=lambda: made.append("recorded"), query=lambda: states.pop(0))
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: pytest.fail("waits for all"))
-    monkeypatch.setattr(train.engine, "limit", lambda: timedelta(seconds=1))
+    monkeypatch.setattr(zeroi2v.train.engine, "limit", lambda: timedelta(seconds=1))
     read = read_later(NumberOnGPU())
     assert made == ["recorded"] and len(states) == 3
     assert read() == 2.5 and states == []
@@ -207,7 +209,7 @@ def test_loss_is_asked_for_before_the_last_backward_and_awaited_after_it(
     data, tmp_path, monkeypatch
 ):
     order = []
-    build_engine = train.main.build_engine
+    build_engine = zeroi2v.train.main.build_engine
 
     def build(*args):
         engine = build_engine(*args)
@@ -220,10 +222,12 @@ def test_loss_is_asked_for_before_the_last_backward_and_awaited_after_it(
         order.append("asked")
         return lambda: order.append("awaited") or number.item()
 
-    monkeypatch.setattr(train.main, "build_engine", build)
-    monkeypatch.setattr(train.main, "read_later", read)
-    monkeypatch.setattr(train.main, "write_report", lambda folder: None)
-    train.main.main(arguments(data, tmp_path / "run", "run.max_steps=1", "data.val_list=null"))
+    monkeypatch.setattr(zeroi2v.train.main, "build_engine", build)
+    monkeypatch.setattr(zeroi2v.train.main, "read_later", read)
+    monkeypatch.setattr(zeroi2v.train.main, "write_report", lambda folder: None)
+    zeroi2v.train.main.main(
+        arguments(data, tmp_path / "run", "run.max_steps=1", "data.val_list=null")
+    )
     assert order == ["backward", "step", "asked", "backward", "awaited", "step"]
 
 
@@ -248,5 +252,5 @@ def test_schedule_goes_on_where_fp16_leaves_a_step_out_and_no_scale_left_is_told
 
 
 def test_dry_run_of_a_lone_process_needs_no_port_either(data, tmp_path, capsys, no_ranks):
-    train.main.main([*arguments(data, tmp_path / "run"), "--dry-run"])
+    zeroi2v.train.main.main([*arguments(data, tmp_path / "run"), "--dry-run"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["fits"]

@@ -22,10 +22,10 @@ from training import (
     wait_for,
 )
 
-from train.log import read_log
-from train.state import clear_leftovers
 from zeroi2v import VideoViT
 from zeroi2v.config import ModelConfig
+from zeroi2v.train.log import read_log
+from zeroi2v.train.state import clear_leftovers
 
 STOPS = int(os.environ.get("ZEROI2V_SOAK", "4"))
 STAGES = range(4) if "ZEROI2V_SOAK" in os.environ else (2,)

@@ -10,15 +10,15 @@ import pytest
 import torch
 from training import MODEL, Ranks, arguments, make_data
 
-import train.job
-from train.config import OptimConfig
-from train.engine import DTYPES, build_engine, deepspeed_config, trained_weights, update
-from train.job import gather_blocks_whole
-from train.log import read_log
-from train.processes import end_processes, start_processes
-from train.state import StateFiles, save_state
+import zeroi2v.train.prepare
 from zeroi2v import RECIPES, VideoViT
 from zeroi2v.config import ModelConfig
+from zeroi2v.train.config import OptimConfig
+from zeroi2v.train.distributed import end_processes, start_processes
+from zeroi2v.train.engine import DTYPES, build_engine, deepspeed_config, trained_weights, update
+from zeroi2v.train.log import read_log
+from zeroi2v.train.prepare import gather_blocks_whole
+from zeroi2v.train.state import StateFiles, save_state
 
 # Number of processes -> (stage, forward passes of each per step).
 MATRIX = {1: [(0, 1), (1, 2), (2, 1), (3, 2)], 2: [(0, 2), (1, 1), (2, 2), (3, 1)], 4: [(2, 1)]}
@@ -153,7 +153,7 @@ def test_tf32_is_used_only_when_asked_for():
     before = [place.allow_tf32 for place in places]
     try:
         for tf32 in (True, False):
-            train.job.check_device(OptimConfig(tf32=tf32), torch.device("cuda"))
+            zeroi2v.train.prepare.check_device(OptimConfig(tf32=tf32), torch.device("cuda"))
             assert [place.allow_tf32 for place in places] == [tf32, tf32]
     finally:
         for place, value in zip(places, before, strict=True):

@@ -18,13 +18,13 @@ from zeroi2v_kernels.adapter_linear import Dropout, dropout_mask, merging_pays
 from bench.baselines import naive_block as naive_module
 from bench.baselines.naive_block import naive_block
 from bench.measure import run_counting_memory
-from train.engine import trained_weights
-from train.job import gather_blocks_whole
-from train.processes import end_processes, start_processes
-from zeroi2v import block_arithmetic
 from zeroi2v.config import RECIPES, AdapterConfig, ModelConfig
-from zeroi2v.model import Block
-from zeroi2v.training_block import block_backward, block_forward, can_train
+from zeroi2v.model import training_math
+from zeroi2v.model.training_block import block_backward, block_forward, can_train
+from zeroi2v.model.vit import Block
+from zeroi2v.train.distributed import end_processes, start_processes
+from zeroi2v.train.engine import trained_weights
+from zeroi2v.train.prepare import gather_blocks_whole
 
 POLICIES = ("save", "lean", "recompute")
 
@@ -109,7 +109,7 @@ def test_adapters_merged_for_the_forward_change_no_gradient(memory):
 @pytest.mark.parametrize("memory", POLICIES)
 @pytest.mark.parametrize("cls_only", [False, True])
 def test_attention_by_matrix_products_gives_the_same_gradients(monkeypatch, cls_only, memory):
-    monkeypatch.setattr(block_arithmetic, "matmul_pays", lambda *_: True)
+    monkeypatch.setattr(training_math, "matmul_pays", lambda *_: True)
     config = small_config("vit_l14_k400_32x4", adapter=dict(ratio=0.25, scale=0.5, dropout=0.0))
     block, x = build_block(config).double(), tokens(config)
     expected = value_and_grads(naive_block(block, x, cls_only), [x, *trained(block)])
@@ -249,7 +249,7 @@ PRECISIONS = {
 @pytest.mark.parametrize("precision", [*PRECISIONS, "bf16, attention by matrix products"])
 def test_rounding_errors_are_those_of_plain_autograd(monkeypatch, precision, cls_only, memory):
     if precision not in PRECISIONS:
-        monkeypatch.setattr(block_arithmetic, "matmul_pays", lambda *_: True)
+        monkeypatch.setattr(training_math, "matmul_pays", lambda *_: True)
     dtype, autocast = PRECISIONS[precision.split(",")[0]]
     config = small_config("vit_b16_k400_8x16", adapter=dict(ratio=0.25, scale=0.5, dropout=0.0))
     block, x = build_block(config).to(dtype), tokens(config, dtype)
@@ -417,7 +417,7 @@ def forward_arguments(block, x, cls_only) -> tuple:
         return block_forward(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("zeroi2v.training_block.block_forward", record)
+        patch.setattr("zeroi2v.model.training_block.block_forward", record)
         block(x, cls_only)
     return calls[0]
 

@@ -15,8 +15,8 @@ from zeroi2v_kernels.stdha import source_frames
 from zeroi2v import visualize
 from zeroi2v.cli import run
 from zeroi2v.config import PreprocessConfig
+from zeroi2v.drawing.attention_maps import MAX_COLUMNS, Row, draw_grid, draw_strip, lit
 from zeroi2v.reparam import merge
-from zeroi2v.strips import MAX_COLUMNS, Row, draw_grid, draw_strip, lit
 from zeroi2v.visualize import attention_maps, parse_patch, read_clip, rows_of
 
 
@@ -108,7 +108,7 @@ def test_the_clip_is_shown_as_the_pixels_that_validation_gives_the_model(model, 
 
 def cell(picture, columns, row, column, arrows):
     """The pixels of one frame of a picture, from the sizes that the canvas is laid out by."""
-    from zeroi2v.strips import _CELL, _GAP, _LEFT, _TOP
+    from zeroi2v.drawing.attention_maps import _CELL, _GAP, _LEFT, _TOP
 
     top = _TOP + row * (_CELL + (58 if arrows else 34)) + (24 if arrows else 0)
     left = _LEFT + column * (_CELL + _GAP)

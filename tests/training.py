@@ -24,9 +24,9 @@ import yaml
 from safetensors.torch import load_file
 from videos import write_video
 
-from train.log import read_log
 from zeroi2v import VideoViT
 from zeroi2v.config import ModelConfig
+from zeroi2v.train.log import read_log
 
 ROOT = Path(__file__).parents[1]
 MODEL = dict(
@@ -207,17 +207,17 @@ def run_rank(
     os.dup2(file, 1)
     os.dup2(file, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    import train.main
+    import zeroi2v.train.main
     from zeroi2v.cli import run
 
-    train.main.write_report = lambda folder: None  # it takes longer than the run
+    zeroi2v.train.main.write_report = lambda folder: None  # it takes longer than the run
     if before is not None:
         before()
     linear = F.linear
     for words, port in zip(arguments, ports, strict=True):
         os.environ["MASTER_PORT"] = str(port)
         F.linear = linear  # stage 3 puts another one in its place for good
-        status = run(train.main.main, words)
+        status = run(zeroi2v.train.main.main, words)
         if status:
             sys.exit(status)
     print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024} bytes")

@@ -12,9 +12,9 @@ _HOME = {
     "ModelConfig": "config",
     "PreprocessConfig": "config",
     "RECIPES": "config",
-    "VideoViT": "model",
+    "VideoViT": "model.vit",
     "MergeReport": "reparam",
-    "load_foreign": "convert",
+    "load_foreign": "bridges.load",
     "merge": "reparam",
     "verify": "reparam",
 }

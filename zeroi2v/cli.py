@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 
+from zeroi2v import __version__
+
 VERBS = {
     "check_data": "decode a dataset's videos and say what is wrong with them",
     "convert": "turn a foreign model or config into ours",
@@ -15,6 +17,7 @@ VERBS = {
     "evaluate": "accuracy of a model on a list of videos",
     "export": "write a merged model for deployment, proven",
     "predict": "classify video files",
+    "train": "train a video classifier (also by deepspeed or torchrun: train/main.py)",
     "reparam": "merge a model's adapters into its weights, and prove it",
     "visualize": "pictures of which frames and patches the heads look at",
 }
@@ -47,7 +50,10 @@ def usable_cores() -> int:
 
 
 def main() -> int:
-    """Entry point of the installed `zeroi2v` command."""
+    """Entry point of the installed `zeroi2v` command, and of `python -m zeroi2v`."""
+    if sys.argv[1:] == ["--version"]:
+        print(f"zeroi2v {__version__}")
+        return 0
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print("usage: zeroi2v VERB [options]     (zeroi2v VERB --help)\n")
         for verb, meaning in VERBS.items():
@@ -58,7 +64,8 @@ def main() -> int:
         print(f"error: unknown verb {verb!r}: known: {', '.join(VERBS)}", file=sys.stderr)
         return 2
     sys.argv[0] = f"zeroi2v {verb}"
-    return run(import_module(f"zeroi2v.{verb}").main, sys.argv[2:])
+    module = "zeroi2v.train.main" if verb == "train" else f"zeroi2v.{verb}"
+    return run(import_module(module).main, sys.argv[2:])
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
     python -m zeroi2v.evaluate FOLDER --list FILE --root DIR [--views 3x1] [--out JSON]
 
 What can't be decoded is named and left out; more of it than `--max-bad-fraction` is a failure.
-`predict_views` and `metrics` are what validation during training, `evaluate` and `predict` share.
 """
 
 from __future__ import annotations
@@ -13,116 +12,23 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from zeroi2v.checkpoint import check_writable, fetch, model_folder, write_whole
-from zeroi2v.cli import run, usable_cores
+from zeroi2v.cli import run
 from zeroi2v.data.annotations import Sample, read_list
 from zeroi2v.data.classes import occurrence, some
 from zeroi2v.data.video_files import left_out
 from zeroi2v.data.views import ViewLoader
-from zeroi2v.deployed import load_deployed
-from zeroi2v.figures import draw_confusion
-from zeroi2v.model import VideoViT
-
-
-@torch.no_grad()
-def predict_views(
-    model: nn.Module,
-    loader: Any,
-    device: torch.device | str,
-    dtype: torch.dtype | None = None,
-    progress: Callable[[int], object] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Class probabilities of every video of `loader`: the softmax of each view, averaged.
-
-    Args:
-        model: maps video [B, 3, T, H, W] to logits [B, K]; put in eval mode for the call. One that
-            takes frames (`takes_frames`) maps those of whole clips to probabilities.
-        loader: a `ViewLoader`; one epoch of it is read.
-        device: where the model is; clips are moved there.
-        dtype: of the clips given to the model; None takes that of the model's parameters.
-        progress: called after each batch with the number of videos it held.
-    Returns:
-        index int64 [n] (position in the loader's samples) and probs float32 [n, K], both on the
-        CPU. Padding and videos that could not be decoded are left out; they still take part in
-        the forward pass, so that every process of a sharded run makes equally many.
-    """
-    of_frames = takes_frames(model)
-    if of_frames:
-        dtype = torch.uint8
-    dtype = dtype or next(p.dtype for p in model.parameters() if p.is_floating_point())
-    was_training = model.training
-    model.eval()
-    indices, probs = [], []
-    try:
-        for batch in loader.epoch():
-            video = batch.video.to(device, dtype, non_blocking=True)
-            out = model(video.flatten(0, 1)).float()  # [B * V, K]
-            prob = out if of_frames else out.softmax(-1)
-            prob = prob.unflatten(0, video.shape[:2]).mean(1).cpu()
-            index = batch.index.cpu()
-            kept = index >= 0
-            indices.append(index[kept])
-            probs.append(prob[kept])
-            if progress is not None:
-                progress(int(kept.sum()))
-    finally:
-        model.train(was_training)
-    return torch.cat(indices), torch.cat(probs)
-
-
-def takes_frames(model: nn.Module) -> bool:
-    """Whether it was exported with its preprocessing: its loader must be `whole`."""
-    return getattr(model, "takes", "clips") == "frames"
-
-
-def metrics(probs: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Accuracy in percent of `probs` [n, K] for true classes `labels` int64 [n].
-
-    Returns:
-        top1; top5 (None below 5 classes); mean_class, the mean over the classes that occur of
-        their top-1; n; confusion, a K x K list whose row is the true class.
-    Raises:
-        ValueError: no clips, or a probability that is not finite.
-    """
-    n, num_classes = probs.shape
-    if n == 0:
-        raise ValueError("accuracy needs at least one clip that can be decoded: got 0")
-    if not torch.isfinite(probs).all():
-        raise ValueError("probs must be finite: the model's output holds inf or nan")
-    predicted = probs.argmax(-1)
-    confusion = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2)
-    confusion = confusion.view(num_classes, num_classes)
-    per_class = confusion.sum(1)
-    recall = confusion.diagonal()[per_class > 0] / per_class[per_class > 0]
-    top5 = None
-    if num_classes >= 5:
-        top5 = 100 * (probs.topk(5).indices == labels[:, None]).any(-1).double().mean().item()
-    return {
-        "top1": 100 * (predicted == labels).double().mean().item(),
-        "top5": top5,
-        "mean_class": 100 * recall.double().mean().item(),
-        "n": n,
-        "confusion": confusion.tolist(),
-    }
-
-
-def default_device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def default_workers(device: torch.device) -> int:
-    """Decoding processes: most of the cores if a GPU does the rest."""
-    cores = usable_cores()
-    return max(1, cores - 1) if device.type == "cuda" else cores // 4
+from zeroi2v.drawing.figures import draw_confusion
+from zeroi2v.inference import default_device, default_workers, metrics, predict_views, takes_frames
+from zeroi2v.model.vit import VideoViT
+from zeroi2v.storage.checkpoint import check_writable, fetch, model_folder, write_whole
+from zeroi2v.storage.runtimes import load_deployed
 
 
 def main(argv: list[str]) -> None:

@@ -27,15 +27,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from zeroi2v.attention import STDHA
-from zeroi2v.checkpoint import check_writable, load, model_folder
 from zeroi2v.cli import run
 from zeroi2v.config import ModelConfig
 from zeroi2v.data.preprocess import crop_views, normalise
-from zeroi2v.deployed import CONFIG_KEY, ExportedModel, OnnxModel, embedded
 from zeroi2v.extras import require
-from zeroi2v.model import VideoViT
+from zeroi2v.model.attention import STDHA
+from zeroi2v.model.vit import VideoViT
 from zeroi2v.reparam import DTYPES, merge, seeded_clips, verify
+from zeroi2v.storage.checkpoint import check_writable, load, model_folder
+from zeroi2v.storage.runtimes import CONFIG_KEY, ExportedModel, OnnxModel, embedded
 
 FORMATS = {"onnx": (".onnx",), "torch-export": (".pt2",), "clip": (".safetensors", ".pt")}
 TOLERANCE = 1e-4

@@ -17,108 +17,24 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
-from zeroi2v.capture import as_file
-from zeroi2v.checkpoint import check_writable, fetch, write_whole
 from zeroi2v.cli import run
 from zeroi2v.data.annotations import Sample, read_videos
 from zeroi2v.data.classes import some
+from zeroi2v.data.live_input import as_file
 from zeroi2v.data.video_files import find_videos
-from zeroi2v.data.views import ViewLoader
-from zeroi2v.deployed import load_deployed
-from zeroi2v.evaluate import default_device, default_workers, predict_views, takes_frames
-from zeroi2v.model import VideoViT
-from zeroi2v.results import Results, settings_of
-
-
-def predict(
-    model: nn.Module,
-    paths: list[str],
-    topk: int = 5,
-    progress: Callable[[int], object] | None = None,
-) -> list[dict[str, Any]]:
-    """The `topk` most probable classes of each video file, averaged over the model's test views.
-
-    Args:
-        model: adapted, merged or deployed (`load_deployed`), on the device to compute on.
-        paths: video files in any format FFmpeg reads.
-        topk: classes to name, at most `num_classes`.
-        progress: called with 1 after each file.
-    Returns:
-        One dict per path, in order: `path` and either `topk`, a list of {label, index,
-        probability} from the most probable down, or `error`, the reason it can't be decoded.
-        `label` is the index as text if the model has no class names.
-    Raises:
-        ValueError: `topk` below 1, or the model's output holds inf or nan.
-    """
-    results = []
-    for result in predict_each(model, [Sample(path, 0) for path in paths], topk):
-        results.append(result)
-        if progress is not None:
-            progress(1)
-    return results
-
-
-def predict_each(
-    model: nn.Module,
-    samples: list[Sample],
-    topk: int = 5,
-    views: tuple[int, int] | None = None,
-) -> Iterator[dict[str, Any]]:
-    """`predict` one by one as they are done, for files or parts of files.
-
-    `views` are (clips, crops) of each sample; the model's test views by default. Labels of
-    samples are not looked at.
-    """
-    if topk < 1:
-        raise ValueError(f"topk must be at least 1: got {topk}")
-    if not samples:
-        return
-    config = model.config
-    parameter = next(model.parameters(), None)
-    device = torch.device("cpu") if parameter is None else parameter.device
-    loader = ViewLoader(
-        samples,
-        config,
-        batch_size=min(8, len(samples)),
-        test=True,
-        views=config.preprocess.test_views if views is None else views,
-        workers=default_workers(device) if len(samples) > 32 else 0,
-        device=device,
-        whole=takes_frames(model),
-    )
-    dtype = None if isinstance(model, VideoViT) else torch.float32  # what deployed models take
-    done = 0
-    for batch in loader.epoch():
-        one = SimpleNamespace(epoch=lambda batch=batch: [batch])
-        index, probs = predict_views(model, one, device, dtype)
-        if not torch.isfinite(probs).all():
-            raise ValueError("model's output must be finite: got inf or nan")
-        rows = dict(zip(index.tolist(), probs, strict=True))
-        for i in range(done, min(done + len(batch.index), len(samples))):
-            path = samples[i].path
-            if i in rows:
-                yield {"path": path, "topk": _top(rows[i], topk, config.labels)}
-            else:
-                yield {"path": path, "error": loader.bad_files[samples[i].name]}
-        done += len(batch.index)
-
-
-def _top(probs: torch.Tensor, topk: int, labels: tuple[str, ...]) -> list[dict[str, Any]]:
-    top = probs.topk(min(topk, len(probs)))
-    return [
-        {"label": labels[k] if labels else str(k), "index": k, "probability": probability}
-        for k, probability in zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    ]
+from zeroi2v.drawing.timeline import draw_timeline, timeline
+from zeroi2v.inference import default_device, predict_each
+from zeroi2v.storage.checkpoint import check_writable, fetch, write_whole
+from zeroi2v.storage.results import Results, settings_of
+from zeroi2v.storage.runtimes import load_deployed
 
 
 def read_paths(source: str, root: str | None) -> list[str]:
@@ -213,8 +129,6 @@ def _settings(model: nn.Module, args) -> dict[str, Any]:
 
 def _timelines(model: nn.Module, files: dict[str, str], args) -> Iterator[dict[str, Any]]:
     """Writes a JSON and a PNG for each file; yields its path and where they are, or its error."""
-    from zeroi2v.timeline import draw_timeline, timeline
-
     taken: Counter[str] = Counter()
     for path, name in files.items():
         stem = "pipe" if name == "-" else Path(name).stem.replace(":", "")

@@ -184,7 +184,7 @@ def probe_cpu() -> Iterator[Check]:
     yield Check("CPU", "instructions", "ok", f"{there}; PyTorch uses {capability}{onednn}")
     from zeroi2v_kernels import choose_backend
 
-    from zeroi2v.linear import linear
+    from zeroi2v.model.linear import linear
 
     x, size = torch.randn(1024, 1024), 1024
     truth, speeds = x.double() @ x.double().t(), {}
@@ -249,7 +249,7 @@ def probe_kernels() -> Iterator[Check]:
         detail = "no CUDA device: PyTorch's attention is used"
         yield Check("GPU", "kernels", "absent", detail)
         return
-    from zeroi2v_kernels.proof import prove_shipped
+    from zeroi2v_kernels.shipped import prove_shipped
 
     for index in range(torch.cuda.device_count()):
         name, passed = f"kernels cuda:{index}", 0

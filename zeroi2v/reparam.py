@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from zeroi2v.adapter import LinearAdapter, merge_after, merge_before
-from zeroi2v.checkpoint import check_output_folder, load, model_folder, save
 from zeroi2v.cli import run
-from zeroi2v.model import VideoViT
+from zeroi2v.model.adapter import LinearAdapter, merge_after, merge_before
+from zeroi2v.model.vit import VideoViT
+from zeroi2v.storage.checkpoint import check_output_folder, load, model_folder, save
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}

@@ -30,13 +30,13 @@ from torch import Tensor
 from tqdm import tqdm
 from zeroi2v_kernels.stdha import source_frames
 
-from zeroi2v.checkpoint import fetch, load, model_folder
 from zeroi2v.cli import run
 from zeroi2v.data.annotations import Sample
 from zeroi2v.data.views import ViewLoader
-from zeroi2v.evaluate import default_device
-from zeroi2v.model import VideoViT
-from zeroi2v.strips import Row, draw_grid, draw_strip
+from zeroi2v.drawing.attention_maps import Row, draw_grid, draw_strip
+from zeroi2v.inference import default_device
+from zeroi2v.model.vit import VideoViT
+from zeroi2v.storage.checkpoint import fetch, load, model_folder
 
 SECONDS_A_FRAME = 0.7
 """How long the film stays at a query frame."""

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from zeroi2v.model import Block, VideoViT
+from zeroi2v.model.vit import Block, VideoViT
 
 MLP_SCALE = 0.5
 

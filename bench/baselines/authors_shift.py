@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from zeroi2v.linear import linear
-from zeroi2v.model import Block, VideoViT
+from zeroi2v.model.linear import linear
+from zeroi2v.model.vit import Block, VideoViT
 
 
 class AuthorsViT(nn.Module):

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from zeroi2v.config import ModelConfig
-from zeroi2v.model import VideoViT
+from zeroi2v.model.vit import VideoViT
 
 State = dict[str, torch.Tensor]
 

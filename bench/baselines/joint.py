@@ -13,7 +13,7 @@ import copy
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zeroi2v.model import Block, VideoViT
+from zeroi2v.model.vit import Block, VideoViT
 
 
 def joint(image: VideoViT) -> VideoViT:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from zeroi2v_kernels.stdha import stdha
 
-from zeroi2v.model import Block
+from zeroi2v.model.vit import Block
 
 
 def naive_block(

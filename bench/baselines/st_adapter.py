@@ -16,7 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from zeroi2v.model import Block, VideoViT
+from zeroi2v.model.vit import Block, VideoViT
 
 RANK = 384
 

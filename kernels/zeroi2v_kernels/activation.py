@@ -194,7 +194,7 @@ activation_forward.register_autograd(_backward, setup_context=_save)
 
 
 def shipped(device: torch.device) -> Iterator[proof.Configuration]:
-    """What `proof.prove_shipped` proves of activations."""
+    """What `shipped.prove_shipped` proves of activations."""
     kernels = (_activation_fwd_kernel, _activation_bwd_kernel)
     for kernel, kind, has_bias, dtype in product(kernels, KINDS, (False, True), _DTYPES):
         yield _configuration(kernel, dtype, dtype if has_bias else None, 3072, kind)

@@ -341,7 +341,7 @@ def _dropout_trial(dtype, rank, dropped, place) -> proof.Configuration:
 
 
 def shipped(device: torch.device) -> Iterator[proof.Configuration]:
-    """What `proof.prove_shipped` proves of adapters."""
+    """What `shipped.prove_shipped` proves of adapters."""
     for width, rank, element in _SHAPES:
         dtype = torch.bfloat16 if element == "bf16" else torch.float16
         for backward, dropped, residual in _KINDS:

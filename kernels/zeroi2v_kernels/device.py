@@ -10,6 +10,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+HALF = (torch.bfloat16, torch.float16)
+TRITON_DTYPES = (*HALF, torch.float32)
+TRITON_WIDTHS = (16, 32, 64, 128)
+"""Widths of a head that the attention kernels take."""
+
 
 def arch(device: torch.device) -> int:
     """The entry of the launch tables for `device`; the interpreter takes that of Hopper."""

@@ -331,7 +331,7 @@ norm_forward.register_autograd(_backward, setup_context=_save)
 
 
 def shipped(device: torch.device) -> Iterator[proof.Configuration]:
-    """What `proof.prove_shipped` proves of norms."""
+    """What `shipped.prove_shipped` proves of norms."""
     streams = [(dtype, dtype) for dtype in _DTYPES] + [(torch.bfloat16, torch.float32)]
     for columns, (dtype, stream), is_sum in product((768, 1024), streams, (False, True)):
         residual = stream if is_sum else None

@@ -21,7 +21,7 @@ import logging
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,20 +112,6 @@ def trusted(
             f"{verdict.name}: {verdict.message}"
         )
     return verdict.passed
-
-
-def prove_shipped(device: torch.device, fresh: bool = False) -> Iterator[Verdict]:
-    """Proves every kernel on `device`, for the usual shapes and dtypes, one verdict at a time.
-
-    Args:
-        device: a CUDA device, or the CPU in Triton's interpreter.
-        fresh: prove again what the cache knows.
-    """
-    from zeroi2v_kernels import activation, adapter_linear_triton, norm, stdha_launch
-
-    for module in (stdha_launch, adapter_linear_triton, activation, norm):
-        for configuration in module.shipped(device):
-            yield prove(configuration, device, fresh)
 
 
 def prove(configuration: Configuration, device: torch.device, fresh: bool = False) -> Verdict:

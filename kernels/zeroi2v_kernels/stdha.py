@@ -34,12 +34,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zeroi2v_kernels import stdha_matmul
+from zeroi2v_kernels.device import HALF, TRITON_DTYPES, TRITON_WIDTHS
 from zeroi2v_kernels.stdha_flash import attend_grouped, flash_attention
 
 BACKENDS = ("triton", "flash", "matmul", "sdpa", "reference")
-HALF = (torch.bfloat16, torch.float16)
-TRITON_DTYPES = (*HALF, torch.float32)
-TRITON_WIDTHS = (16, 32, 64, 128)
 # AVX-512's products of bfloat16, and not AMX's tiles.
 HAS_FAST_BF16 = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 HAS_TRITON = find_spec("triton") is not None  # imported when a kernel is first used

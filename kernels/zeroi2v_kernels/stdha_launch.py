@@ -11,9 +11,15 @@ from torch import Tensor
 
 from zeroi2v_kernels import bounds, proof, stdha_matmul
 from zeroi2v_kernels import stdha_triton as kernels
-from zeroi2v_kernels.device import arch, on_device, packed
+from zeroi2v_kernels.device import (
+    HALF,
+    TRITON_DTYPES,
+    TRITON_WIDTHS,
+    arch,
+    on_device,
+    packed,
+)
 from zeroi2v_kernels.dot import INTERPRET
-from zeroi2v_kernels.stdha import HALF, TRITON_DTYPES, TRITON_WIDTHS
 
 LOG2_E = 1.4426950408889634
 ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}  # in Triton
@@ -341,7 +347,7 @@ def _strides(x: Tensor) -> tuple[int, int, int, int]:
 
 
 def shipped(device: torch.device) -> Iterator[proof.Configuration]:
-    """What `proof.prove_shipped` proves of attention."""
+    """What `shipped.prove_shipped` proves of attention."""
     for num_queries, num_keys, width, dtype, offsets in _shapes():
         for direction in ("forward", "backward"):
             shape = (num_queries, num_keys, width)

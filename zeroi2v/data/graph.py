@@ -10,7 +10,7 @@ from nvidia.dali.auto_aug import augmentations
 from nvidia.dali.auto_aug.core import select
 
 from zeroi2v.data.augment import KINDS
-from zeroi2v.data.source import PREFETCH, ClipPlan, ClipSource
+from zeroi2v.data.clip_worker import PREFETCH, ClipPlan, ClipSource
 
 _GREY = 128  # fills what an operation uncovers or erases, as published
 

@@ -23,12 +23,12 @@ import torch
 from zeroi2v.config import ModelConfig
 from zeroi2v.data.annotations import Sample
 from zeroi2v.data.augment import AugmentConfig
+from zeroi2v.data.clip_worker import PREFETCH, ClipPlan, ClipSource
+from zeroi2v.data.fatal_files import find_fatal_files, without_main_program
 from zeroi2v.data.gop import DALI_CPU, nvdec
 from zeroi2v.data.mixing import mix
 from zeroi2v.data.nvdec import capabilities
-from zeroi2v.data.rescue import find_fatal_files, without_main_program
 from zeroi2v.data.shared_samples import SharedSamples
-from zeroi2v.data.source import PREFETCH, ClipPlan, ClipSource
 from zeroi2v.data.views import Batch, check_arguments
 
 DECODERS = ("auto", "dali", "pyav")

@@ -1,0 +1,243 @@
+"""VideoViT: a CLIP image transformer that reads video. Readable from top to bottom.
+
+Every frame is a row of patch tokens and a CLS token. All layers work within frames, but for the
+attention heads that read a neighbouring frame's keys and values (`attention.py`). With
+`adapter=None` and zero offsets it is the plain image ViT, applied to each frame.
+
+Shapes: B clips, T frames, N tokens a frame (the first is CLS), C channels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from huggingface_hub import ModelHubMixin
+from torch import Tensor, nn
+
+from zeroi2v.config import ModelConfig
+from zeroi2v.model.adapter import LinearAdapter
+from zeroi2v.model.attention import STDHA, uses_kernels
+from zeroi2v.model.linear import ScaledLinear
+from zeroi2v.model.training_block import Memory, can_train, training_block
+
+
+class VideoViT(nn.Module, ModelHubMixin):
+    """Classifies clips of `config.num_frames` frames.
+
+    Parameters have OpenAI CLIP's visual names, plus `temporal_embedding`, `head` and, while
+    training, the adapters.
+
+    Source: ZeroI2V (arXiv 2310.01324), section 3; CLIP (arXiv 2103.00020).
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.origins: dict[str, str] = {}
+        """JSON texts by file name (`card.ORIGINS`) that are saved with it; empty it to train on."""
+        width = config.width
+        patch = config.patch_size
+        self.conv1 = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
+        self.class_embedding = nn.Parameter(torch.empty(width))
+        self.positional_embedding = nn.Parameter(torch.empty(config.num_tokens, width))
+        self.temporal_embedding = nn.Parameter(torch.zeros(config.num_frames, width))
+        self.ln_pre = LayerNorm(width) if config.ln_pre else nn.Identity()
+        self.transformer = Transformer(config)
+        self.ln_post = LayerNorm(width)
+        self.dropout = nn.Dropout(config.head_dropout)
+        self.head = nn.Linear(width, config.num_classes)
+        self._init_weights()
+
+    def forward(self, video: Tensor) -> Tensor:
+        """Normalised `video [B, 3, T, H, W]` -> logits `[B, num_classes]`."""
+        return self.head(self.dropout(self.features(video).mean(dim=1)))
+
+    def features(self, video: Tensor) -> Tensor:
+        """Normalised `video [B, 3, T, H, W]` -> the CLS token of each frame, `[B, T, C]`.
+
+        Only CLS leaves the last block, so that block computes the rest of the way for CLS alone.
+        """
+        x = self.transformer(self.embed(video), cls_only=True)
+        return self.ln_post(x.squeeze(2))
+
+    def tokens(self, video: Tensor) -> Tensor:
+        """Normalised `video [B, 3, T, H, W]` -> all tokens of the last block, `[B, T, N, C]`."""
+        return self.transformer(self.embed(video))
+
+    def embed(self, video: Tensor) -> Tensor:
+        """`video [B, 3, T, H, W]` -> the first block's input, `[B, T, N, C]`.
+
+        Raises ValueError for a video of another shape than the model's.
+        """
+        size, frames = self.config.image_size, self.config.num_frames
+        if video.ndim != 5 or video.shape[1:] != (3, frames, size, size):
+            raise ValueError(
+                f"video must be [B, 3, {frames}, {size}, {size}]: got {list(video.shape)}"
+            )
+        images = rearrange(video, "b c t h w -> (b t) c h w").to(self.conv1.weight.dtype)
+        patches = rearrange(self.conv1(images), "(b t) c h w -> b t (h w) c", t=frames)
+        cls = self.class_embedding.to(patches.dtype).expand(*patches.shape[:2], 1, -1)
+        x = torch.cat([cls, patches], dim=2) + self.positional_embedding.to(patches.dtype)
+        x = x + self.temporal_embedding.to(x.dtype).unsqueeze(1)
+        return self.ln_pre(x)
+
+    def freeze(self) -> VideoViT:
+        """Leaves the adapters, `temporal_embedding`, `ln_post` and `head` trainable, no others."""
+        for name, parameter in self.named_parameters():
+            top = name.split(".")[0]
+            parameter.requires_grad = (
+                top in ("temporal_embedding", "ln_post", "head") or "_adapter." in name
+            )
+        return self
+
+    def set_memory(self, memory: Memory) -> VideoViT:
+        """Chooses what a block keeps for backward: much, `save`; `lean`; or little, `recompute`.
+
+        Holds while the backbone is frozen; see `training_block.py`. Raises ValueError for others.
+        """
+        if memory not in get_args(Memory):
+            raise ValueError(f"memory must be one of {', '.join(get_args(Memory))}: got {memory!r}")
+        for block in self.transformer.resblocks:
+            block.memory = memory
+        return self
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **download) -> VideoViT:
+        """The model saved in `folder`, or of that name on the Hugging Face hub, in eval mode.
+
+        The network is used only for `owner/model` of which nothing exists here; `download`
+        (`revision`, `token`, `cache_dir`, `local_files_only`, …) goes to the hub's client.
+        Raises ValueError or OSError if unfit.
+        """
+        from zeroi2v.storage.checkpoint import fetch, load
+
+        return load(fetch(folder, **download))
+
+    def save_pretrained(self, folder: str | Path, **_hub) -> None:
+        """Writes `config.json`, `model.safetensors` and a model card to `folder`.
+
+        What `push_to_hub` adds to the arguments (config, card) is in the model already.
+        """
+        from zeroi2v.storage.checkpoint import save
+
+        save(self, folder)
+
+    def _init_weights(self) -> None:
+        if self.class_embedding.is_meta:
+            return  # weights will be read; drawing them there would import a compiler for seconds
+        width = self.config.width
+        for module in self.modules():
+            if isinstance(module, STDHA):
+                nn.init.normal_(module.in_proj_weight, std=width**-0.5)
+        nn.init.normal_(self.class_embedding, std=width**-0.5)
+        nn.init.normal_(self.positional_embedding, std=width**-0.5)
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+
+class Transformer(nn.Module):
+    """The stack of blocks, called `transformer.resblocks` in CLIP's checkpoints."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.resblocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+
+    def forward(self, x: Tensor, cls_only: bool = False) -> Tensor:
+        """`x [B, T, N, C]` -> `[B, T, N, C]`, or `[B, T, 1, C]` if only CLS is asked for."""
+        for block in self.resblocks[:-1]:
+            x = block(x)
+        return self.resblocks[-1](x, cls_only)
+
+
+class Block(nn.Module):
+    """x += attention(norm(x)); x += mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.ln_1 = LayerNorm(config.width)
+        self.attn = STDHA(config)
+        self.ln_2 = LayerNorm(config.width)
+        self.mlp = MLP(config)
+        self.memory: Memory = "save"
+
+    def forward(self, x: Tensor, cls_only: bool = False) -> Tensor:
+        """`x [B, T, N, C]` -> `[B, T, N, C]`, or `[B, T, 1, C]` for the CLS token alone."""
+        if can_train(self, x):
+            return training_block(self, x, cls_only)
+        attended = self.attn(self.ln_1(x), cls_only)
+        normed, x = self.ln_2.of_sum(x[:, :, :1] if cls_only else x, attended)
+        return x + self.mlp(normed)
+
+
+class MLP(nn.Module):
+    """Two linear layers with an activation between them, each beside its adapter while training.
+
+    QuickGELU, z * sigmoid(1.702 z), is computed as silu(1.702 z) / 1.702: one pass instead of
+    three, and both factors ride on the matrix products around it. On CUDA one kernel adds the bias
+    and applies the activation.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        width, hidden = config.width, round(config.width * config.mlp_ratio)
+        self.activation = config.activation
+        self.activation_scale = 1.702 if config.activation == "quick_gelu" else None
+        self.c_fc = ScaledLinear(width, hidden)
+        self.c_proj = ScaledLinear(hidden, width)
+        if config.adapter:
+            self.in_adapter = LinearAdapter(width, config.adapter_rank, config.adapter)
+            self.out_adapter = LinearAdapter(width, config.adapter_rank, config.adapter)
+        else:
+            self.in_adapter = self.out_adapter = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., C]` -> `[..., C]`."""
+        x = self.in_adapter(x)
+        if uses_kernels(x):
+            from zeroi2v_kernels.activation import bias_activation
+
+            hidden = F.linear(x, self.c_fc.weight)
+            x = self.c_proj(bias_activation(hidden, self.c_fc.bias, self.activation))
+        elif self.activation_scale is None:
+            x = self.c_proj(F.gelu(self.c_fc(x)))
+        else:
+            scale = self.activation_scale
+            hidden = self.c_fc(x, input_scale=scale, bias_scale=scale)
+            # Without autograd the activation is written over its input.
+            x = self.c_proj(
+                F.silu(hidden, inplace=not torch.is_grad_enabled()), input_scale=1 / scale
+            )
+        return self.out_adapter(x)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm with statistics and arithmetic in float32 at least, whatever the input's dtype.
+
+    PyTorch's kernels do so in registers for half precision, input and output staying narrow; only
+    under autocast, which widens both, is the output cast back. On CUDA one kernel of ours also
+    makes the sum that is normalised.
+    """
+
+    def __init__(self, width: int):
+        super().__init__(width, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., C]` -> `[..., C]`, same dtype."""
+        if uses_kernels(x):
+            from zeroi2v_kernels.norm import add_layer_norm
+
+            return add_layer_norm(x, None, self.weight, self.bias, self.eps)[0]
+        return super().forward(x).to(x.dtype)
+
+    def of_sum(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of `x + added`, and that sum; on CUDA in one pass."""
+        if uses_kernels(x) and added.dtype == x.dtype:
+            from zeroi2v_kernels.norm import add_layer_norm
+
+            return add_layer_norm(added, x, self.weight, self.bias, self.eps)
+        total = x + added
+        return self(total), total

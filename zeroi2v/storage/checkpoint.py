@@ -1,0 +1,255 @@
+"""Models on disk: a native folder of `config.json`, `model.safetensors` and a model card.
+
+Loading is strict and executes nothing: a missing, unexpected or wrongly shaped tensor, or a config
+that contradicts the tensors, is an error that names it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from zeroi2v.config import ModelConfig
+from zeroi2v.model.vit import VideoViT
+from zeroi2v.storage.model_card import ORIGINS, model_card
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+
+
+def save(model: VideoViT, folder: str | Path, extra_files: dict[str, str] | None = None) -> None:
+    """Writes `model` to `folder`, which then holds it whole or is left as it was.
+
+    Args:
+        model: adapted, merged or plain.
+        folder: made if needed; an older model in it is replaced, any other content refused.
+        extra_files: text files to put beside the model and its `origins`, by name; the card tells
+            what is in those of `card.ORIGINS`.
+
+    Raises:
+        ValueError: `folder` holds something other than a model.
+        OSError: it can't be written.
+    """
+    folder = check_output_folder(folder)
+    state = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+    }
+    config = {"format": "zeroi2v", "model": model.config.to_dict()}
+    extra_files = model.origins | (extra_files or {})
+    card = model_card(model.config, extra_files)
+    files = {CONFIG: json.dumps(config, indent=2), CARD: card, **extra_files}
+    with replacing(folder) as temporary:
+        try:
+            save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
+        except SafetensorError as error:  # its own kind of an input or output error
+            raise OSError(f"{folder} can't be written ({error})") from None
+        for name, text in files.items():
+            (temporary / name).write_text(text.rstrip() + "\n", encoding="utf-8")
+
+
+def fetch(name: str | Path, **download) -> Path:
+    """`name` itself if it is a local path, else the hub's model of that name, downloaded.
+
+    The network is used only for a name of the form `owner/model` of which nothing exists here:
+    neither the path nor a folder `owner`.
+
+    Raises:
+        FileNotFoundError: neither a folder nor a hub name.
+        OSError: the hub has no such model, or can't be reached.
+    """
+    path = Path(name)
+    remote = re.fullmatch(r"[\w.-]+/[\w.-]+", os.fspath(name)) and not path.parent.exists()
+    if path.exists() or not remote or path.suffix in (".onnx", ".pt2"):
+        return path
+    from huggingface_hub import snapshot_download
+
+    files = [CONFIG, WEIGHTS, CARD, *ORIGINS]
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=files, **download))
+    except Exception as error:  # the hub's client is another library from version to version
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OSError(f"{name} is no folder here, and the hub gives none ({reason})") from None
+
+
+def load(folder: str | Path) -> VideoViT:
+    """The model in `folder`, on the CPU, in its saved dtype and in eval mode.
+
+    Raises:
+        OSError: no such folder or file.
+        ValueError: a file is damaged, or the config contradicts the tensors.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    state = _read_tensors(folder / WEIGHTS)
+    with torch.device("meta"):
+        model = VideoViT(config)
+    check_state(state, dict(model.state_dict()), f"{folder / WEIGHTS}")
+    model.load_state_dict(state, assign=True)
+    origins = (folder / name for name in ORIGINS)
+    model.origins = {f.name: f.read_text("utf-8", "replace") for f in origins if f.is_file()}
+    return model.eval()
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+    """The `ModelConfig` in `folder`'s `config.json`. Raises as `load`."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"model folder not found: {folder}")
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no model: {CONFIG} is missing")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON: {error}") from None
+    if not isinstance(values, dict) or values.get("format") != "zeroi2v":
+        raise ValueError(f'{path} must have "format": "zeroi2v"')
+    try:
+        return ModelConfig.from_dict(values.get("model"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def model_folder(path: str | Path) -> Path:
+    """`path` itself if it is a native folder, or the best (else last) model of a run folder."""
+    path = Path(path)
+    if not path.is_dir():
+        what = (
+            "model must be a folder: got the file" if path.exists() else "model folder not found:"
+        )
+        raise FileNotFoundError(f"{what} {path}")
+    for candidate in (path, path / "best", path / "last"):
+        if (candidate / CONFIG).is_file():
+            return candidate
+    raise FileNotFoundError(f"{path} is neither a model folder nor a run folder: no {CONFIG} in it")
+
+
+def is_native(folder: Path) -> bool:
+    """Whether a folder holds a native model; others may have a `config.json` of their own kind."""
+    try:
+        text = (folder / CONFIG).read_text("utf-8", "replace")
+    except OSError:
+        return False
+    return '"zeroi2v"' in text
+
+
+def check_output_folder(folder: str | Path) -> Path:
+    """`folder` as a Path, its parent made and proven writable. Raises as `save`."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output must be a folder: got the file {folder}")
+    if folder.is_dir() and any(folder.iterdir()) and not is_native(folder):
+        raise ValueError(f"output folder must be empty or hold a model: got {folder}")
+    return check_writable(folder, "output folder")
+
+
+def check_writable(path: str | Path, name: str) -> Path:
+    """`path` as a Path, its parent made and proven writable; `name` is what an OSError calls it."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OSError(f"{name} can't be written: {path} ({error.strerror})") from None
+    return path
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its place when the block ends without error."""
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    temporary.chmod(0o755)
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            file.chmod(0o644)  # safetensors lets its owner alone read it
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        if folder.exists() and not _exchange(temporary, folder):
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+            os.replace(folder, old)
+            os.replace(temporary, folder)
+            shutil.rmtree(old)
+        elif not folder.exists():
+            os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two folders in one go, so that neither is ever missing; False where that can't be."""
+    if sys.platform != "linux":
+        return False
+    at_working_folder, exchange = -100, 2
+    rename = ctypes.CDLL(None).renameat2
+    return rename(at_working_folder, bytes(one), at_working_folder, bytes(other), exchange) == 0
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, path)
+
+
+def weights_hash(state: dict[str, Tensor]) -> str:
+    """Short hash of the names, dtypes, shapes and values of tensors, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors` file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"weights file not found: {path}")
+    try:
+        return load_file(path)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file makes the reader raise nearly anything
+        raise ValueError(f"weights file can't be read: {path} ({error})") from None
+
+
+def check_state(state: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> None:
+    """Raises ValueError unless `state` has the names and shapes of `expected`, in finite floats."""
+    if missing := [name for name in expected if name not in state]:
+        raise ValueError(f"{where} lacks {_some(missing)}, which its config asks for")
+    if unexpected := [name for name in state if name not in expected]:
+        raise ValueError(f"{where} holds {_some(unexpected)}, which its config has no place for")
+    for name, tensor in expected.items():
+        if state[name].shape != tensor.shape:
+            raise ValueError(
+                f"{where}: {name} has shape {list(state[name].shape)}, "
+                f"its config asks for {list(tensor.shape)}"
+            )
+        if not state[name].is_floating_point():
+            raise ValueError(f"{where}: {name} must be floating point: got {state[name].dtype}")
+        if not all(map(math.isfinite, state[name].aminmax())):  # nan comes through
+            raise ValueError(f"{where}: {name} must be finite: it holds inf or nan")
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

@@ -6,7 +6,7 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check
 BENCH_THREADS := $(or $(OMP_NUM_THREADS),$(shell nproc))
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: all demo test bench bench-compare check-gpu check clean
+.PHONY: all demo test bench bench-compare check-gpu check docs clean
 all: .venv/installed
 
 .venv/installed: pyproject.toml setup.py constraints.txt
@@ -39,6 +39,11 @@ bench-compare:
 # CHECK holds its options: make check-gpu CHECK='--only kernels data'
 check-gpu:
 	@$(BENCH_PYTHON) -m bench.check_gpu $(CHECK)
+
+# The site, in build/site: `python -m http.server -d build/site` shows it.
+docs: .venv/installed
+	$(PIP) install -q -c constraints.txt -e '.[docs]'
+	.venv/bin/mkdocs build --strict --quiet
 
 check: .venv/installed
 	.venv/bin/ruff check .

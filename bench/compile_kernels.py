@@ -1,6 +1,6 @@
 """What each Triton kernel compiles to on GPUs that are not here: registers, memory, instructions.
 
-    python -m bench.compile_kernels            check every kernel and write bench/results/kernels.md
+    python -m bench.compile_kernels       check every kernel, write docs/benchmarks/kernels.md
 
 Cross-compilation needs no GPU. Triton enforces no limit then, so `faults` does: a program that
 spills, takes more shared or tensor memory than there is, leaves the tensor cores idle or reads a
@@ -37,7 +37,7 @@ SHARED_OF_SM = {80: 164, 90: 228, 100: 228}  # KiB, of which each program takes 
 THREADS_OF_SM = 2048
 TENSOR_COLUMNS = 512  # of an SM's tensor memory, on 10.0
 TENSOR_CORES = {80: "HMMA.", 90: "HGMMA.", 100: "UTCHMMA"}  # instruction of each generation
-TABLE = Path(__file__).with_name("results") / "kernels.md"
+TABLE = Path(__file__).parents[1] / "docs" / "benchmarks" / "kernels.md"
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 

@@ -78,7 +78,7 @@ def commit() -> str:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "-uno", "--", ".", ":!bench/results", ":!README.md")
+        changed = git("status", "--porcelain", "-uno", "--", ".", ":!bench/results", ":!docs")
         return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except OSError:  # no git here
         return ""

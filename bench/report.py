@@ -1,4 +1,4 @@
-"""Renders `bench/results/*.json`: the README's tables, plots, and a page for each machine.
+"""Renders `bench/results/*.json` into the docs: tables, pictures, and a page for each machine.
 
 `python -m bench.report` writes them, `python -m bench.report --check` only names what is stale.
 """
@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 
 from bench.plots import digest, draw
-from bench.tables import page, readme_part
+from bench.tables import page, summary
 from zeroi2v.storage.checkpoint import write_whole
 
 RESULTS = Path(__file__).with_name("results")
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+"""The tables of all machines; their own pages and the pictures lie in the folder of its name."""
 BEGIN = "<!-- benches: written by `python -m bench.report` -->"
 END = "<!-- end of benches -->"
 
@@ -26,30 +27,30 @@ def load(folder: Path = RESULTS) -> list[dict]:
     return sorted(found, key=lambda results: results["machine"]["kind"] != "GPU")
 
 
-def render(readme: Path = README, folder: Path = RESULTS) -> dict[Path, str]:
-    """What the README and the pages of the machines should hold, by path.
+def render(target: Path = PAGE, folder: Path = RESULTS) -> dict[Path, str]:
+    """What the page and those of the machines should hold, by path.
 
-    Raises ValueError if the README lacks one of the markers.
+    Raises ValueError if the page lacks one of the markers.
     """
-    machines = load(folder)
-    text = readme.read_text(encoding="utf-8")
+    machines, beside = load(folder), target.with_suffix("")
+    text = target.read_text(encoding="utf-8")
     if not 0 <= text.find(BEGIN) < text.find(END):
-        raise ValueError(f"{readme.name} must hold the lines {BEGIN!r} and {END!r}")
-    part = readme_part(machines, {path.name for path in folder.glob("*.png")})
+        raise ValueError(f"{target.name} must hold the lines {BEGIN!r} and {END!r}")
+    part = summary(machines, {path.name for path in beside.glob("*.png")}, beside.name)
     start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    files = {readme: f"{text[:start]}\n\n{part}\n\n{text[end:]}"}
-    return files | {folder / f"{m['machine']['slug']}.md": page(m) for m in machines}
+    files = {target: f"{text[:start]}\n\n{part}\n\n{text[end:]}"}
+    return files | {beside / f"{m['machine']['slug']}.md": page(m) for m in machines}
 
 
-def stale(readme: Path = README, folder: Path = RESULTS) -> list[str]:
+def stale(target: Path = PAGE, folder: Path = RESULTS) -> list[str]:
     """Names of files that are not what the results say; pictures, that were drawn of others."""
     names = [
         path.name
-        for path, text in render(readme, folder).items()
+        for path, text in render(target, folder).items()
         if not path.exists() or path.read_text(encoding="utf-8") != text
     ]
     for results in load(folder):
-        for path in folder.glob(f"{results['machine']['slug']}-*.png"):
+        for path in target.with_suffix("").glob(f"{results['machine']['slug']}-*.png"):
             if digest(results).encode() not in path.read_bytes():
                 names.append(path.name)
     return names
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1 if names else 0
     for results in load():
         try:
-            names = draw(results, RESULTS)
+            names = draw(results, PAGE.with_suffix(""))
         except ImportError as error:
             print(f"no pictures: {error.name} is not installed")
         else:

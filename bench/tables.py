@@ -1,7 +1,4 @@
-"""What the benches measured, as Markdown: a page for each machine, and the README's part.
-
-What was not measured stays an empty cell, with the command that fills it.
-"""
+"""What the benches measured, as Markdown: a page for each machine, and a summary of them all."""
 
 from __future__ import annotations
 
@@ -13,9 +10,6 @@ from bench.plots import where
 
 CASES = (("B/16", 8), ("L/14", 8), ("L/14", 32))
 DTYPES = {"CPU": ("float32", "bfloat16"), "GPU": ("float32", "bfloat16", "float16")}
-WANTED = {"name": "NVIDIA H200", "slug": "nvidia-h200", "kind": "GPU"}
-"""The GPU whose empty rows are shown until a GPU has been measured."""
-COMMAND = "make bench"
 IMAGE = "plain image ViT"
 PUBLISHED_GMACS = {("B/16", 8): 422, ("L/14", 32): 7783}
 """10^9 multiply-adds of three views, as the paper prints them."""
@@ -142,7 +136,7 @@ def _plain(value: Any) -> str:
 
 
 class Section(NamedTuple):
-    """A table of the README: one line for each row of the benches of one function."""
+    """A table of the summary: one line for each row of the benches of one function."""
 
     title: str
     bench: str
@@ -156,11 +150,6 @@ class Section(NamedTuple):
     """Plot and its description."""
 
 
-INTRODUCTION = (
-    f"Rows that were not measured are empty. `{COMMAND}` fills those of the machine it runs on. A"
-    " machine with a GPU needs this checkout and torch, triton, pytest, numpy, einops, safetensors,"
-    " huggingface_hub, pyyaml and tqdm; what needs more is skipped with its reason."
-)
 SECTIONS = (
     Section(
         "Beside other methods", "bench_rivals", "model, frames, precision",
@@ -198,19 +187,13 @@ SECTIONS = (
 )  # fmt: skip
 
 
-def readme_part(machines: list[dict], files: Collection[str]) -> str:
-    """The README's tables, and those of its figures that are among `files`."""
-    if not any(results["machine"]["kind"] == "GPU" for results in machines):
-        machines = [*machines, {"machine": WANTED, "benches": {}}]
-    parts = [INTRODUCTION, _zero_cost(machines, files), _operations(machines)]
-    parts += [_section(section, machines, files) for section in SECTIONS]
-    parts += _ops(machines, files)
-    pages = [
-        f"[{where(results)}](bench/results/{results['machine']['slug']}.md)"
-        for results in machines
-        if results["benches"]
-    ]
-    parts.append(f"All figures, with the card of the machine: {', '.join(pages)}." if pages else "")
+def summary(machines: list[dict], files: Collection[str], folder: str) -> str:
+    """The tables of all machines, and those of the pictures that are among `files`, of `folder`."""
+    parts = [_zero_cost(machines, files, folder), _operations(machines)]
+    parts += [_section(section, machines, files, folder) for section in SECTIONS]
+    parts += _ops(machines, files, folder)
+    pages = [f"[{where(m)}]({folder}/{m['machine']['slug']}.md)" for m in machines]
+    parts.append(f"All figures, with the card of the machine: {', '.join(pages)}.")
     return "\n\n".join(part for part in parts if part)
 
 
@@ -222,15 +205,18 @@ def find(results: dict, name: str, **facts) -> dict:
     return {"rows": {}}
 
 
-def _zero_cost(machines: list[dict], files: Collection[str]) -> str:
+def _zero_cost(machines: list[dict], files: Collection[str], folder: str) -> str:
     header = ["machine", "model, frames", "precision", "merged, ms a clip", "÷ transformers CLIP"]
     header += ["÷ authors' way", "adapted ÷ merged", "error"]
-    rows = []
+    rows, missing = [], []
     for results in machines:
         for (model, frames), dtype in product(CASES, DTYPES[results["machine"]["kind"]]):
             bench = find(results, "bench_zero_cost", model=model, frames=frames, dtype=dtype)
             case = [where(results), f"{model}, {frames}", dtype]
-            rows.append([*case, *_merged(bench["rows"]), _source(bench)])
+            if "seconds" in bench["rows"].get("merged", {}):
+                rows.append([*case, *_merged(bench["rows"]), _source(bench)])
+            else:
+                missing.append(" ".join(case[1:]) + f" on {case[0]}")
     text = (
         "One clip through the merged video model, and how many times as long it takes as CLIP's"
         " image model (Hugging Face transformers) on the same frames, as the same network run as"
@@ -242,16 +228,16 @@ def _zero_cost(machines: list[dict], files: Collection[str]) -> str:
         " attention rounds its scores in half precision, as ours does not; *fused* in the picture"
         " is theirs without that."
     )
-    parts = ["### Zero cost", text, _sourced(header, rows)]
-    parts += _figures(machines, files, "latency", "time of a clip beside CLIP's image model")
-    parts += _figures(machines, files, "scaling", "speed over batch, time over frames")
+    parts = ["## Zero cost", text, _sourced(header, rows)]
+    parts += [f"Not measured: {'; '.join(missing)}."] if missing else []
+    told = "time of a clip beside CLIP's image model"
+    parts += _figures(machines, files, folder, "latency", told)
+    parts += _figures(machines, files, folder, "scaling", "speed over batch, time over frames")
     return "\n\n".join(parts)
 
 
 def _merged(rows: dict[str, dict]) -> list[str]:
-    merged, adapted = rows.get("merged", {}), rows.get("adapted", {})
-    if "seconds" not in merged:
-        return [""] * 5
+    merged, adapted = rows["merged"], rows["adapted"]
     return [
         _cell(merged, "seconds"),
         ratio(merged),
@@ -267,7 +253,9 @@ def _operations(machines: list[dict]) -> str:
     rows = []
     for model, frames in CASES:
         found = [find(m, "bench_zero_cost", model=model, frames=frames) for m in machines]
-        bench = next((bench for bench in found if bench["rows"]), {"rows": {}})
+        bench = next((bench for bench in found if bench["rows"]), None)
+        if bench is None:
+            continue
         whole, merged, image = (bench["rows"].get(n, {}) for n in ("authors' way", "merged", IMAGE))
         counts = [f"{r['parameters'] / 1e6:.1f} M" for r in (image, merged) if "parameters" in r]
         gmacs = [f"{3 * r['flops'] / 2e9:,.0f}" if "flops" in r else "" for r in (whole, merged)]
@@ -278,13 +266,13 @@ def _operations(machines: list[dict]) -> str:
         " and by formula. Only the CLS token leaves the last block, so the other tokens' queries,"
         " projection and MLP are not computed there, with the same result."
     )
-    return "\n\n".join(["### Parameters and operations", text, _sourced(header, rows)])
+    return "\n\n".join(["## Parameters and operations", text, _sourced(header, rows)])
 
 
-def _section(section: Section, machines: list[dict], files: Collection[str]) -> str:
+def _section(section: Section, machines: list[dict], files: Collection[str], folder: str) -> str:
     cases = [section.case] if section.case else []
     header = ["machine", *cases, "", *(COLUMNS[key][0] for key in section.columns)]
-    rows = []
+    rows, missing = [], []
     for results in machines:
         before = len(rows)
         for name, bench in results["benches"].items():
@@ -294,28 +282,35 @@ def _section(section: Section, machines: list[dict], files: Collection[str]) -> 
             case = [name[len(section.bench) + 1 : -1].replace("-", ", ")] if cases else []
             for row, figures in bench["rows"].items():
                 cells = [_cell(figures, key) for key in section.columns]
-                told = figures.get("absent") or _source(bench)
-                rows.append([where(results), *case, row, *cells, told])
+                if "absent" in figures:
+                    missing.append(f"{where(results)}, {', '.join([*case, row])}: "
+                                   f"{figures['absent']}")  # fmt: skip
+                else:
+                    rows.append([where(results), *case, row, *cells, _source(bench)])
         if len(rows) == before:
-            rows.append([where(results), *[""] * (len(header) - 1), _source({"rows": {}})])
-    figures = _figures(machines, files, *section.picture) if section.picture else []
-    return "\n\n".join([f"### {section.title}", section.text, _sourced(header, rows), *figures])
+            missing.append(where(results))
+    parts = [f"## {section.title}", section.text]
+    parts += [_sourced(header, rows)] if rows else []
+    parts += [f"Not measured on {', '.join(missing)}."] if missing else []
+    parts += _figures(machines, files, folder, *section.picture) if section.picture else []
+    return "\n\n".join(parts)
 
 
-def _ops(machines: list[dict], files: Collection[str]) -> list[str]:
-    figures = _figures(machines, files, "roofline", "operations a second of the ops")
+def _ops(machines: list[dict], files: Collection[str], folder: str) -> list[str]:
+    figures = _figures(machines, files, folder, "roofline", "operations a second of the ops")
     text = (
         "Attention and the adapter linear, forward and with backward, on every backend that runs"
         " there: how near they come to a large matmul and a large copy, both measured in the same"
-        " run. What the Triton kernels compile to on GPUs that are not here:"
-        " [bench/results/kernels.md](bench/results/kernels.md)."
+        f" run. [What the Triton kernels compile to]({folder}/kernels.md) on each kind of GPU."
     )
-    return ["### The ops", text, *figures]
+    return ["## The ops", text, *figures]
 
 
-def _figures(machines: list[dict], files: Collection[str], plot: str, told: str) -> list[str]:
+def _figures(
+    machines: list[dict], files: Collection[str], folder: str, plot: str, told: str
+) -> list[str]:
     names = [(f"{results['machine']['slug']}-{plot}.png", where(results)) for results in machines]
-    return [f"![{told}, {w}](bench/results/{n})" for n, w in names if n in files]
+    return [f"![{told}, {w}]({folder}/{n})" for n, w in names if n in files]
 
 
 class Run(NamedTuple):
@@ -325,16 +320,13 @@ class Run(NamedTuple):
     command: str
 
 
-def _source(bench: dict) -> Run | str:
-    return Run(bench["commit"], bench["command"]) if bench["rows"] else f"`{COMMAND}`"
+def _source(bench: dict) -> Run:
+    return Run(bench["commit"], bench["command"])
 
 
 def _sourced(header: list[str], rows: list[list]) -> str:
     """A table whose rows end in what measured them, by its number, and beneath it what that was."""
-    runs = list(dict.fromkeys(row[-1] for row in rows if isinstance(row[-1], Run)))
-    lines = [
-        [*row, str(runs.index(run) + 1) if isinstance(run, Run) else run] for *row, run in rows
-    ]
+    runs = list(dict.fromkeys(row[-1] for row in rows))
+    lines = [[*row, str(runs.index(run) + 1)] for *row, run in rows]
     told = [f"run {i}: commit {run.commit}, `{run.command}`" for i, run in enumerate(runs, 1)]
-    beneath = f"\n\nMeasured by {'; '.join(told)}." if told else ""
-    return table([*header, "run"], lines) + beneath
+    return table([*header, "run"], lines) + f"\n\nMeasured by {'; '.join(told)}."

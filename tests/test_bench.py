@@ -265,15 +265,15 @@ def made_up(seconds: float = 2.0) -> dict:
     return {"machine": card, "benches": {"bench_zero_cost[B/16-8-float32]": bench}}
 
 
-def test_report_shows_machine_commit_and_command_and_leaves_unmeasured_rows_empty():
-    part = tables.readme_part([made_up()], set())
+def test_summary_shows_machine_commit_and_command_and_has_no_empty_row():
+    part = tables.summary([made_up()], set(), "benchmarks")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines()]
     assert "Measured by run 1: commit 0123456789ab, `pytest bench --benchmark`." in part
     measured = "1,850.0|0.93 [0.93, 0.93]|0.84 [0.80, 0.90]|1.30|2.0e-07".split("|")
     assert ["Some CPU, 2 cores", "B/16, 8", "float32", *measured, "1"] in rows
-    empty = [""] * 5
-    assert ["Some CPU, 2 cores", "L/14, 32", "bfloat16", *empty, "`make bench`"] in rows
-    assert ["NVIDIA H200", "B/16, 8", "float16", *empty, "`make bench`"] in rows
+    assert "Not measured: B/16, 8 bfloat16 on Some CPU, 2 cores; L/14, 8 float32 on" in part
+    assert "Not measured on Some CPU, 2 cores." in part
+    assert not [row for row in rows if row[:1] == ["Some CPU, 2 cores"] and not any(row[3:])]
     assert ["B/16, 8", "86.0 M, 86.0 M", "422", "420", "420", "1"] in rows
     page = tables.page(made_up())
     for told in ("Some CPU", "9.9", "0.20 TFLOP/s", "50.0 GB/s", "0123456789ab", "took 60 s"):
@@ -287,13 +287,15 @@ def test_report_shows_machine_commit_and_command_and_leaves_unmeasured_rows_empt
 
 
 def test_report_is_stale_once_a_figure_changes(tmp_path):
-    readme, path = tmp_path / "README.md", tmp_path / "some-cpu.json"
-    readme.write_text(f"Before.\n{report.BEGIN}\n{report.END}\nAfter.\n")
+    target, path = tmp_path / "summary.md", tmp_path / "some-cpu.json"
+    pages = tmp_path / "summary"
+    pages.mkdir()
+    target.write_text(f"Before.\n{report.BEGIN}\n{report.END}\nAfter.\n")
 
     def write(results: dict) -> None:
         path.write_text(json.dumps(results))
-        assert report.draw(results, tmp_path) == ["some-cpu-latency.png", "some-cpu-scaling.png"]
-        for file, text in report.render(readme, tmp_path).items():
+        assert report.draw(results, pages) == ["some-cpu-latency.png", "some-cpu-scaling.png"]
+        for file, text in report.render(target, tmp_path).items():
             file.write_text(text, encoding="utf-8")
 
     def at_two_sizes(*args: float) -> dict:
@@ -302,26 +304,26 @@ def test_report_is_stale_once_a_figure_changes(tmp_path):
         results["benches"]["bench_zero_cost_throughput[B/16-8-2-float32]"] = bench | {"batch": 2}
         return results
 
-    assert report.draw(made_up(), tmp_path) == ["some-cpu-latency.png"]  # one size makes no line
+    assert report.draw(made_up(), pages) == ["some-cpu-latency.png"]  # one size makes no line
     write(at_two_sizes())
-    assert report.stale(readme, tmp_path) == []
-    text = readme.read_text(encoding="utf-8")
+    assert report.stale(target, tmp_path) == []
+    text = target.read_text(encoding="utf-8")
     assert text.startswith("Before.\n") and text.endswith("After.\n")
-    assert "(bench/results/some-cpu-latency.png)" in text
+    assert "(summary/some-cpu-latency.png)" in text
     for name in ("latency", "scaling"):
-        assert (tmp_path / f"some-cpu-{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (pages / f"some-cpu-{name}.png").read_bytes().startswith(b"\x89PNG")
     path.write_text(json.dumps(at_two_sizes(3.0)))
-    stale = {"README.md", "some-cpu.md", "some-cpu-latency.png", "some-cpu-scaling.png"}
-    assert set(report.stale(readme, tmp_path)) == stale
+    stale = {"summary.md", "some-cpu.md", "some-cpu-latency.png", "some-cpu-scaling.png"}
+    assert set(report.stale(target, tmp_path)) == stale
     write(at_two_sizes(3.0))
-    assert report.stale(readme, tmp_path) == []
+    assert report.stale(target, tmp_path) == []
 
 
-def test_report_refuses_a_readme_without_its_markers(tmp_path):
-    (tmp_path / "README.md").write_text("nothing")
-    with pytest.raises(ValueError, match="README.md must hold the lines"):
-        report.render(tmp_path / "README.md", tmp_path)
+def test_report_refuses_a_page_without_its_markers(tmp_path):
+    (tmp_path / "summary.md").write_text("nothing")
+    with pytest.raises(ValueError, match="summary.md must hold the lines"):
+        report.render(tmp_path / "summary.md", tmp_path)
 
 
-def test_readme_holds_what_the_results_say():
+def test_docs_hold_what_the_results_say():
     assert report.stale() == [], "run `python -m bench.report`"

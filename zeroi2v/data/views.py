@@ -77,7 +77,8 @@ class ViewLoader:
         batch_size: videos of this process in a batch. The last one is padded.
         test: resize to `test_short_side`; False: to `val_short_side`, as in validation.
         views: (clips, crops) of each video; 1 crop (centre) or 3 along the longer side.
-        rank, world_size: this process and how many share the list; all make equally many batches.
+        rank: this process among those that share the list.
+        world_size: how many they are; all make equally many batches.
         workers: processes that decode; 0: this one. They live as long as the loader.
         device: where batches are normalised and left.
         timeout: seconds after which a video that is still being decoded is a bad one.

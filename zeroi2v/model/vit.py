@@ -38,7 +38,7 @@ class VideoViT(nn.Module, ModelHubMixin):
         super().__init__()
         self.config = config
         self.origins: dict[str, str] = {}
-        """JSON texts by file name (`card.ORIGINS`) that are saved with it; empty it to train on."""
+        """JSON texts by file name (`model_card.ORIGINS`) that are saved with it."""
         width = config.width
         patch = config.patch_size
         self.conv1 = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)

@@ -38,7 +38,7 @@ def save(model: VideoViT, folder: str | Path, extra_files: dict[str, str] | None
         model: adapted, merged or plain.
         folder: made if needed; an older model in it is replaced, any other content refused.
         extra_files: text files to put beside the model and its `origins`, by name; the card tells
-            what is in those of `card.ORIGINS`.
+            what is in those of `model_card.ORIGINS`.
 
     Raises:
         ValueError: `folder` holds something other than a model.

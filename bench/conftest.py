@@ -211,7 +211,7 @@ def compare(request, benchmark, store, timed):
     `parameters`, `flops` (counted), `flops_by_formula`, `error` (relative, to float64), `agreement`
     (of top-1), published `top1` (%) and `gmacs` (all views) with their `source`.
 
-    A row holds `seconds`, `ratio` to the baseline within a round, the quartiles of both, and those.
+    A row has `seconds`, `ratio` to the baseline within a round, the quartiles of both, and those.
     """
 
     def run(

@@ -125,13 +125,13 @@ def test_damage_of_every_kind_is_one_clear_line(tmp_path):
             load_foreign(path)
     with pytest.raises(OSError, match="weights file not found"):
         load_foreign(tmp_path / "none.pth")
-    with pytest.raises(OSError, match="holds no weights: none of model.safetensors"):
+    with pytest.raises(OSError, match="contains no weights: none of model.safetensors"):
         load_foreign(tmp_path)
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match="must hold a state dict of tensors"):
         load_foreign(path)
     torch.save({"some.weight": torch.ones(2)}, path)
-    with pytest.raises(ValueError, match="is of no known format: .* it holds some.weight"):
+    with pytest.raises(ValueError, match="is of no known format: .* it contains some.weight"):
         load_foreign(path)
 
 
@@ -177,7 +177,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
         state = {name: tensor.clone() for name, tensor in authors_state(trained).items()}
         state["backbone.ln_post.bias"][3] = value
         path = save_authors(tmp_path / "nan.pth", state, authors_config(trained, SSV2))
-        with pytest.raises(ValueError, match="ln_post.bias must be finite: it holds inf or nan"):
+        with pytest.raises(ValueError, match="ln_post.bias must be finite: it contains inf or nan"):
             load_foreign(path)
 
 

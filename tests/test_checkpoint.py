@@ -89,8 +89,8 @@ def test_merged_folder_has_clips_names_and_no_others(folder):
             dict(depth=4),
             r"lacks transformer.resblocks.3.ln_1.weight.* and \d+ more, which",
         ),
-        (dict(depth=2), r"holds transformer.resblocks.2.* which its config has no place for"),
-        (dict(adapter=None), r"holds transformer.resblocks.0.attn.in_adapter.* no place for"),
+        (dict(depth=2), r"contains transformer.resblocks.2.* which its config has no place for"),
+        (dict(adapter=None), r"contains transformer.resblocks.0.attn.in_adapter.* no place for"),
         (dict(num_classes=12, labels=[]), r"head.weight has shape \[11, 48\], its config asks for"),
         (dict(num_frames=8), r"temporal_embedding has shape \[16, 48\]"),
         (dict(head_offsets=[1, 0]), r"head_offsets needs one entry per head: got 2 for 12 heads"),
@@ -116,7 +116,7 @@ def test_missing_unexpected_and_integer_tensors_are_errors(folder):
     edit_tensors(
         folder, lambda t: t.update({"ln_pre.bias": torch.zeros(48), "extra": torch.ones(1)})
     )
-    with pytest.raises(ValueError, match="holds extra"):
+    with pytest.raises(ValueError, match="contains extra"):
         load(folder)
 
 
@@ -128,7 +128,7 @@ def test_weights_that_are_not_finite_are_an_error(folder, value, dtype):
         tensors["ln_pre.bias"][7] = value
 
     edit_tensors(folder, spoil)
-    with pytest.raises(ValueError, match="ln_pre.bias must be finite: it holds inf or nan"):
+    with pytest.raises(ValueError, match="ln_pre.bias must be finite: it contains inf or nan"):
         load(folder)
 
 
@@ -146,7 +146,7 @@ def test_damaged_files_are_errors(folder, tmp_path):
         load(folder)
     with pytest.raises(FileNotFoundError, match="model folder not found"):
         load(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"holds no model: config.json is missing"):
+    with pytest.raises(FileNotFoundError, match=r"contains no model: config.json is missing"):
         load(tmp_path)
 
 

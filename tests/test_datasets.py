@@ -227,7 +227,7 @@ def test_kinds_of_images_are_told_apart(tmp_path):
     (folder / "notes.txt").touch()
     assert greys(read_frame_folder(folder, np.arange)) == [1, 2, 3]
     images(folder, range(5, 7), "depth_{:05}.jpg")
-    with pytest.raises(DecodeError, match="holds several kinds of images, give filename_tmpl"):
+    with pytest.raises(DecodeError, match="contains several kinds of images, give filename_tmpl"):
         read_frame_folder(folder, np.arange)
     assert greys(read_frame_folder(folder, np.arange, None, "depth_{:05}.jpg")) == [5, 6]
     assert greys(read_frame_folder(folder, np.arange, None, "img_{:05}.jpg")) == [1, 2, 3]

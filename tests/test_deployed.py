@@ -185,10 +185,10 @@ def test_batch_run_writes_as_it_goes_and_resumes(place, tmp_path, capsys, monkey
     assert run(*words) == 1 and len(asked) == 2  # nothing is left to do; the bad one still counts
     assert "1 of 4 files" in capsys.readouterr().err
     assert run(place / "run", place / "videos", "--out", out) == 1
-    assert "holds results of weights" in capsys.readouterr().err
+    assert "contains results of weights" in capsys.readouterr().err
     out.write_text("other\n")
     assert run(*words) == 1 and out.read_text() == "other\n"
-    assert "holds other than results: line 1" in capsys.readouterr().err
+    assert "contains other than results: line 1" in capsys.readouterr().err
     assert run(place / "merged", place / "videos", "--out", tmp_path / "x.json") == 1
     assert "--out must be a .jsonl file" in capsys.readouterr().err
 
@@ -200,7 +200,7 @@ def test_results_of_a_file_carry_the_hash_of_its_content(place, artefact, tmp_pa
     content = hashlib.sha256((place / artefact).read_bytes()).hexdigest()
     assert json.loads(out.read_text())["settings"]["weights"] == content[:16]
     assert run(place / "merged", video, "--out", out) == 1
-    assert "holds results of weights" in capsys.readouterr().err
+    assert "contains results of weights" in capsys.readouterr().err
 
 
 def test_pipe_is_read_to_its_end(place, capsys, monkeypatch):

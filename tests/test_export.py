@@ -292,10 +292,10 @@ def test_program_with_a_pickle_in_it_is_refused_unexecuted(files, tmp_path):
     next(iter(weights["config"].values()))["use_pickle"] = True
     for changes, rule in (
         ({"data/sample_inputs/model.pt": attack}, "can't be read"),
-        ({"data/weights/model.pt": attack}, "holds data/weights/model.pt, which"),
-        ({"data/constants/opaque_obj_0": attack}, "holds data/constants/opaque_obj_0"),
+        ({"data/weights/model.pt": attack}, "contains data/weights/model.pt, which"),
+        ({"data/constants/opaque_obj_0": attack}, "contains data/constants/opaque_obj_0"),
         ({"data/weights/model_weights_config.json": json.dumps(weights)}, "asks for a pickle"),
-        ({"extra/zeroi2v.json": "{}"}, "tells no preprocessing and labels"),
+        ({"extra/zeroi2v.json": "{}"}, "has no embedded preprocessing or labels"),
     ):
         path = rewritten(files / "model.pt2", tmp_path / "bad.pt2", changes)
         with pytest.raises(ValueError, match=rule):
@@ -309,7 +309,7 @@ def test_damaged_or_foreign_files_are_one_clear_line(files, tmp_path):
         path = tmp_path / f"model.{suffix}"
         for size in (0, 100, len(whole) // 2):
             path.write_bytes(whole[:size])
-            with pytest.raises(ValueError, match=r"can't be r|tells no preprocessing"):
+            with pytest.raises(ValueError, match=r"can't be r|has no embedded preprocessing"):
                 reader(path)
         with pytest.raises(OSError, match="model not found"):
             load_deployed(tmp_path / f"none.{suffix}")

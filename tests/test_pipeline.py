@@ -449,7 +449,7 @@ def test_a_cache_file_that_is_cut_short_is_not_used(samples, tmp_path):
 
 
 def test_too_many_bad_files_stop_a_run_with_the_list():
-    bad = {"b.mp4": "b.mp4: is damaged", "a.mp4": "a.mp4: holds no frame"}
+    bad = {"b.mp4": "b.mp4: is damaged", "a.mp4": "a.mp4: contains no frame"}
     check_bad_files(bad, total=200, max_bad_fraction=0.01)
     check_bad_files({}, total=200, max_bad_fraction=0.0)
     with pytest.raises(ValueError, match=r"(?s)0.01 of 199: got 2:\n  a.mp4: holds.*\n  b.mp4: is"):

@@ -67,6 +67,16 @@ def test_json_lines_hold_every_file_in_order_and_the_others_go_on_after_a_bad_on
     assert captured.err == "error: 2 of 4 files can't be decoded: see above\n"
 
 
+def test_the_device_and_the_batch_may_be_chosen_and_change_nothing(place, capsys):
+    files = [place / f"video {i}.mp4" for i in range(3)]
+    outputs = []
+    for words in ([], ["--device", "cpu", "--batch-size", "1"]):
+        assert run([place / "named", *files, "--json", *words]) == 0
+        outputs.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+    for one, other in zip(*outputs, strict=True):
+        assert [t["index"] for t in one["topk"]] == [t["index"] for t in other["topk"]]
+
+
 def test_text_output_is_one_block_a_file(place, capsys):
     assert run([place / "named", place / "video 0.mp4", place / "video 2.mp4", "--topk", 3]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -92,7 +102,9 @@ def test_without_names_the_index_is_the_label_and_topk_stops_at_all_classes(plac
     ("words", "message"),
     [
         (["nowhere", "video 0.mp4"], "model folder not found: nowhere"),
-        (["named", "video 0.mp4", "--topk", "0"], "topk must be at least 1: got 0"),
+        (["named", "video 0.mp4", "--topk", "0"], "--topk must be at least 1: got 0"),
+        (["named", "video 0.mp4", "--batch-size", "0"], "--batch-size must be at least 1: got 0"),
+        (["named", "video 0.mp4", "--device", "gpu"], "--device must be one of cpu: got gpu"),
     ],
 )
 def test_bad_input_is_one_clear_line(place, monkeypatch, capsys, words, message):
@@ -193,7 +205,7 @@ def test_a_file_of_other_bytes_is_left_alone(place, tmp_path, capsys):
     out = tmp_path / "all.jsonl"
     out.write_bytes(b"\xff\xfe\n")
     assert run([place / "named", place / "video 0.mp4", "--out", out]) == 1
-    assert "holds other than results: line 1" in capsys.readouterr().err
+    assert "contains other than results: line 1" in capsys.readouterr().err
     assert out.read_bytes() == b"\xff\xfe\n"
 
 

@@ -50,7 +50,7 @@ def test_shots_are_the_same_for_a_seed_and_do_not_depend_on_other_classes():
 def test_a_class_with_too_few_videos_is_named():
     with pytest.raises(
         ValueError,
-        match=r"data.shots must be had in every class: got 3 for 0 of class 1, 2 of class 2$",
+        match=r"data.shots must be at most .*: got 3, but there are 0 of class 1, 2 of class 2$",
     ):
         draw_shots(samples(4, 0, 2), 3, 3, seed=0)
     with pytest.raises(ValueError, match=r"0 of class 3 and 96 more classes$"):
@@ -149,7 +149,9 @@ def test_three_splits_are_trained_tested_and_averaged_and_finished_ones_kept(
 
     # Nor are runs of another config taken for these.
     assert run(splits.main, [*words, "optim.lr=1e-2"]) == 1
-    assert "holds a run of another config: got optim.lr: 0.0003 -> 0.01" in capsys.readouterr().err
+    assert (
+        "contains a run of another config: got optim.lr: 0.0003 -> 0.01" in capsys.readouterr().err
+    )
 
 
 def test_seeds_draw_different_shots(config, tmp_path, here, capsys):

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -63,6 +64,10 @@ def test_run_folder_holds_all_that_was_promised(go, data, capsys):
     output = capsys.readouterr().out
     summary = json.loads(output.splitlines()[-1])
     assert summary["steps"] == 8 and summary["finished"] and summary["dir"] == str(run_dir)
+    *_, result, then, _ = output.splitlines()
+    assert re.fullmatch(rf"result      8 steps, top-1 [\d.]+ % \(best [\d.]+ %\); report: {run_dir}"
+                        r"/report.html", result)  # fmt: skip
+    assert then == f"next        zeroi2v reparam {run_dir} --out {run_dir}/merged"
     assert "NONE: random weights" in output
     assert "epoch 1/2 | step 3/8 | loss " in output
 

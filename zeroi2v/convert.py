@@ -4,8 +4,8 @@
     python -m zeroi2v.convert CONFIG.py --out CONFIG.yaml
 
 SOURCE is a file or folder of OpenAI's CLIP, open_clip, transformers or timm, or a checkpoint of
-the ZeroI2V authors; which one is told by its content. An image model becomes a backbone to train
-from, or with --recipe the untrained video model of that recipe. `key=value` sets a field of
+the ZeroI2V authors; its content shows which. An image model becomes a backbone to train from, or
+with --recipe the untrained video model of that recipe. `key=value` sets a field of
 `ModelConfig`, for what the file does not say: `activation=gelu`, `num_heads=16`, `image_size=336`.
 """
 

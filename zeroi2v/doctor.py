@@ -100,7 +100,7 @@ async def _examine() -> list[Check]:
 
 
 async def run_probe(name: str, group: str, seconds: float) -> list[Check]:
-    """What the probe tells in its own process, and how that ended if it ended badly."""
+    """What the probe reports from its own process, and how that ended if it ended badly."""
     # Modules come from where ours do, and not from the current folder.
     paths = os.pathsep.join(path for path in sys.path if path)
     environment = os.environ | {"PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}

@@ -33,7 +33,7 @@ def predict(
         probability} from the most probable down, or `error`, the reason it can't be decoded.
         `label` is the index as text if the model has no class names.
     Raises:
-        ValueError: `topk` below 1, or the model's output holds inf or nan.
+        ValueError: `topk` below 1, or the model's output contains inf or nan.
     """
     results = []
     for result in predict_each(model, [Sample(path, 0) for path in paths], topk):
@@ -48,11 +48,12 @@ def predict_each(
     samples: list[Sample],
     topk: int = 5,
     views: tuple[int, int] | None = None,
+    batch_size: int = 8,
 ) -> Iterator[dict[str, Any]]:
     """`predict` one by one as they are done, for files or parts of files.
 
-    `views` are (clips, crops) of each sample; the model's test views by default. Labels of
-    samples are not looked at.
+    `views` are (clips, crops) of each sample; the model's test views by default. `batch_size`
+    samples are computed at once. Labels of samples are not looked at.
     """
     if topk < 1:
         raise ValueError(f"topk must be at least 1: got {topk}")
@@ -64,7 +65,7 @@ def predict_each(
     loader = ViewLoader(
         samples,
         config,
-        batch_size=min(8, len(samples)),
+        batch_size=min(batch_size, len(samples)),
         test=True,
         views=config.preprocess.test_views if views is None else views,
         workers=default_workers(device) if len(samples) > 32 else 0,
@@ -160,7 +161,7 @@ def metrics(probs: Tensor, labels: Tensor) -> dict[str, Any]:
     if n == 0:
         raise ValueError("accuracy needs at least one clip that can be decoded: got 0")
     if not torch.isfinite(probs).all():
-        raise ValueError("probs must be finite: the model's output holds inf or nan")
+        raise ValueError("probs must be finite: the model's output contains inf or nan")
     predicted = probs.argmax(-1)
     confusion = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2)
     confusion = confusion.view(num_classes, num_classes)
@@ -181,6 +182,17 @@ def metrics(probs: Tensor, labels: Tensor) -> dict[str, Any]:
 def default_device() -> torch.device:
     """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name, or the default. Raises ValueError if it is not there."""
+    if name is None:
+        return default_device()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    known = ["cpu", "cuda", *(f"cuda:{i}" for i in range(count))] if count else ["cpu"]
+    if name not in known:
+        raise ValueError(f"--device must be one of {', '.join(known)}: got {name}")
+    return torch.device(name)
 
 
 def default_workers(device: torch.device) -> int:

@@ -31,7 +31,7 @@ from zeroi2v.data.classes import some
 from zeroi2v.data.live_input import as_file
 from zeroi2v.data.video_files import find_videos
 from zeroi2v.drawing.timeline import draw_timeline, timeline
-from zeroi2v.inference import default_device, predict_each
+from zeroi2v.inference import choose_device, predict_each
 from zeroi2v.storage.checkpoint import check_writable, fetch, write_whole
 from zeroi2v.storage.results import Results, settings_of
 from zeroi2v.storage.runtimes import load_deployed
@@ -57,6 +57,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("video", nargs="*", help="file, folder (of images too), - (pipe), camera:0")
     parser.add_argument("--list", help="text list, CSV, folder per class; labels are not needed")
     parser.add_argument("--root", help="folder the list's paths are relative to")
+    parser.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU if there is one)")
+    parser.add_argument("--batch-size", type=int, default=8, help="videos at once (default: 8)")
     parser.add_argument("--topk", type=int, default=5, help="classes to name (default: 5)")
     parser.add_argument("--json", action="store_true", help="print one JSON line per video")
     parser.add_argument("--out", help=".jsonl file to write as it goes, and to go on with")
@@ -73,8 +75,11 @@ def main(argv: list[str]) -> None:
     names += read_paths(args.list, args.root) if args.list else []
     if not names:
         raise ValueError("videos must be given: as files, folders, a --list, - or camera:0")
-    if args.topk < 1:
-        raise ValueError(f"topk must be at least 1: got {args.topk}")
+    for name in ("topk", "batch_size"):
+        if (value := getattr(args, name)) < 1:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option} must be at least 1: got {value}")
+    device = choose_device(args.device)
     for name in ("window", "stride", "seconds"):
         if (value := getattr(args, name)) is not None and not value > 0:
             raise ValueError(f"--{name} must be positive seconds: got {value:g}")
@@ -86,7 +91,7 @@ def main(argv: list[str]) -> None:
     todo = [n for n in dict.fromkeys(names) if out is None or n not in out.done]
     failed = 0 if out is None else sum(not out.done[n] for n in set(names) & out.done.keys())
     source = fetch(args.model)
-    model = load_deployed(source, default_device())
+    model = load_deployed(source, device)
     if out is not None:
         out.begin(args.model, settings_of(model, source, **_settings(model, args)))
     if len(todo) < len(set(names)):
@@ -101,7 +106,8 @@ def main(argv: list[str]) -> None:
         if args.timeline is not None:
             results = _timelines(model, files, args)
         else:
-            results = predict_each(model, [Sample(path, 0) for path in files], args.topk)
+            samples = [Sample(path, 0) for path in files]
+            results = predict_each(model, samples, args.topk, batch_size=args.batch_size)
         for result in results:
             path, result["path"] = result["path"], files[result["path"]]
             if "error" in result:

@@ -78,7 +78,7 @@ LAUNCH_FLOAT32 = {
 
 
 class Plan(NamedTuple):
-    """A kernel ready for launch, but for its tensors."""
+    """A kernel ready for launch, except for its tensors."""
 
     kernel: triton.JITFunction
     programs: int  # of each head of each frame

@@ -265,7 +265,7 @@ def offsets(kind: str, stdha: dict | None, width: int, heads: int, where: str) -
 
 
 def _preprocessing(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """Sampling, views and pixel scale, as far as the config tells."""
+    """Sampling, views and pixel scale, as far as the config says."""
     fields: dict[str, Any] = {}
     for name in ("mean", "std"):
         if (value := find(config, f"model.data_preprocessor.{name}", where, None)) is not None:

@@ -1,6 +1,6 @@
 """What every bridge hands over, and the arithmetic that several of them share.
 
-A bridge turns a foreign file's tensors into CLIP's visual names and says what the file tells about
+A bridge turns a foreign file's tensors into CLIP's visual names and says what the file records of
 the model. Nothing is guessed: what a format does not say goes into `missing`, and is asked for.
 """
 
@@ -207,7 +207,7 @@ def check_weights(told: dict[str, Any], known: dict[str, Any], where: str) -> No
 
 
 def take_pixels(foreign: Foreign, pixels: dict[str, Any]) -> None:
-    """Takes mean and std over, and tells the rest of a foreign preprocessing, which is not."""
+    """Takes over mean and std, and reports the rest of a foreign preprocessing."""
     for name in ("mean", "std"):
         if (value := pixels.pop(name, None)) is not None:
             foreign.known[f"preprocess.{name}"] = [255 * number for number in value]

@@ -36,10 +36,10 @@ def load_foreign(path: str | Path, recipe: str | None = None, **overrides: Any) 
     `image_size` is given and differs.
 
     Args:
-        path: file or folder; the format is told by the content, and nothing in it is executed.
+        path: file or folder; its content shows the format, and nothing in it is executed.
         recipe: published recipe to take from what the file does not say.
         overrides: fields of `ModelConfig`; nested ones as mappings or with dots in the name. One
-            that contradicts the file is an error, but for `image_size`, preprocessing, labels
+            that contradicts the file is an error, except `image_size`, preprocessing, labels
             and dropouts.
 
     Raises:
@@ -128,11 +128,11 @@ def convert(
     if foreign is None:
         raise ValueError(
             f"{source.path} is of no known format: none of OpenAI CLIP, open_clip, transformers "
-            f"CLIP, timm ViT, ZeroI2V; it holds {', '.join(list(source.tensors)[:3])}"
+            f"CLIP, timm ViT, ZeroI2V; it contains {', '.join(list(source.tensors)[:3])}"
         )
     for name, tensor in foreign.tensors.items():
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"{source.path}: {name} must be finite: it holds inf or nan")
+            raise ValueError(f"{source.path}: {name} must be finite: it contains inf or nan")
     config = _settle(foreign, str(source.path), recipe_name, flat(overrides))
     if foreign.finish is not None:
         foreign.finish(config)
@@ -208,15 +208,16 @@ def _build(config: ModelConfig, state: dict[str, Tensor], foreign: Foreign, wher
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+    """Nested mappings as one, with dots in the names: `adapter.scale`."""
+    names: dict[str, Any] = {}
     for key, value in values.items():
         if dataclasses.is_dataclass(value):
             value = dataclasses.asdict(value)
         if isinstance(value, dict):
-            flat |= flat(value, f"{prefix}{key}.")
+            names |= flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
-    return flat
+            names[prefix + key] = value
+    return names
 
 
 def _nested(values: dict[str, Any]) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def convert(source: Source) -> Foreign | None:
     tensors = source.tensors
     if any(name.startswith("visual.trunk.") for name in tensors):
         raise ValueError(
-            f"{source.path} holds an image tower of timm inside open_clip (visual.trunk): "
+            f"{source.path} contains an image tower of timm inside open_clip (visual.trunk): "
             "convert timm's own weights of that tower"
         )
     if "visual.conv1.weight" in tensors:

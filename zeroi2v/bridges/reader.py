@@ -91,7 +91,7 @@ def read_source(path: str | Path) -> Source:
         for name in WEIGHT_FILES:
             if (path / name).is_file():
                 return read_source(path / name)
-        raise FileNotFoundError(f"{path} holds no weights: none of {', '.join(WEIGHT_FILES)}")
+        raise FileNotFoundError(f"{path} contains no weights: none of {', '.join(WEIGHT_FILES)}")
     if not path.is_file():
         raise FileNotFoundError(f"weights file not found: {path}")
     configs = _read_configs(path.parent) if path.name in WEIGHT_FILES else {}

@@ -1,7 +1,7 @@
 """timm's `VisionTransformer`: ViTs of CLIP, ImageNet-21k and DINO, with LayerScale or without.
 
 `config.json` of a folder from the hub names the architecture, whose settings `model_args` replace;
-both are read whole. A bare file tells neither heads nor activation. Of timm's models with a class
+both are read whole. A bare file records neither heads nor activation. Of timm's models with a class
 token, those with a norm before the blocks (CLIP) add 1e-5 to the variance in a norm, those without
 one 1e-6.
 """
@@ -55,7 +55,7 @@ _EPSILON = 1e-6
 # Heads by the size in an architecture's name, which `model_args` may replace.
 _HEADS = dict(tiny=3, xsmall=4, small=6, medium=8, betwixt=10, base=12, base_plus=14)
 _HEADS |= dict(large=16, huge=16, giant=16, gigantic=16)
-# Architectures whose other settings are those of `VisionTransformer`, but for the marks of CLIP.
+# Architectures whose other settings are those of `VisionTransformer`, except the marks of CLIP.
 _ARCHITECTURE = re.compile(
     r"(?:vit|deit|deit3|flexivit)_(?P<size>[a-z]+)(?:_patch\d+(?P<plus>_plus)?"
     r"(?P<clip>_clip(?P<quick>_quickgelu)?)?_(?:\d+(?:_miil)?|dinov2))?"
@@ -127,7 +127,7 @@ def convert(source: Source) -> Foreign | None:
     else:
         epsilon = NORM_EPSILON if foreign.known["ln_pre"] else _EPSILON
         assume_heads(foreign)
-        foreign.missing["activation"] = "gelu, but for timm's models named quickgelu"
+        foreign.missing["activation"] = "gelu, except for timm's models named quickgelu"
     if epsilon != NORM_EPSILON:
         fold_norm_epsilon(tensors, foreign.known["depth"], epsilon)
         foreign.notes.append(f"the norms' epsilon of {epsilon} is in the weights")
@@ -135,7 +135,7 @@ def convert(source: Source) -> Foreign | None:
 
 
 def _read_config(foreign: Foreign, config: dict[str, Any], source: Source) -> float:
-    """Settles what `config.json` tells, and returns the epsilon of the norms."""
+    """Settles what `config.json` says, and returns the epsilon of the norms."""
     where, theirs = f"{source.path.parent / 'config.json'}", source.tensors
     pretrained = read_keys(config, where, {"pretrained_cfg": None}, harmless=config)
     pretrained = pretrained["pretrained_cfg"] or {}

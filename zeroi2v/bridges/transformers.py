@@ -1,7 +1,7 @@
 """Hugging Face transformers: `CLIPModel`, `CLIPVisionModel`, with or without projection.
 
 Queries, keys and values are three layers there and one here. `config.json` beside the weights
-tells heads and activation; a bare file does not.
+gives heads and activation; a bare file does not.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Lists of labelled videos; what kind a list is, it tells itself.
+"""Lists of labelled videos; the kind of a list is recognised by its content.
 
 text      `path label` on each line; the label is the last field, so a path may hold spaces, or what
           follows the last tab, if there is one. A line that begins with "# " is a comment
@@ -44,7 +44,7 @@ class Sample:
     filename_tmpl: str | None = None
     """Of a folder of images: their names, such as `img_{:05}.jpg`; None to find out."""
     frames: int | None = None
-    """Frames that decoding the whole file gives, where a manifest tells; None to find out."""
+    """Frames that decoding the whole file gives, where a manifest says so; None to find out."""
 
     @property
     def name(self) -> str:
@@ -67,7 +67,7 @@ def read_list(
     classes: Sequence[str] = (),
     filename_tmpl: str | None = None,
 ) -> list[Sample]:
-    """Reads a list of labelled videos; which of the formats above it has is told by itself.
+    """Reads a list of labelled videos; its format, of those above, is recognised.
 
     Args:
         source: the list.

@@ -90,7 +90,7 @@ def draw_crop(rng, height: int, width: int, augment: AugmentConfig) -> tuple[int
 def draw_ops(rng, side: int, augment: AugmentConfig) -> np.ndarray:
     """RandAugment's draw: float32 [n, 11], each row an operation on frames of `side` pixels.
 
-    A row holds the index in `KINDS`, a value (factor, threshold or bit mask), and 9 numbers: a
+    A row contains the index in `KINDS`, a value (factor, threshold or bit mask), and 9 numbers: a
     matrix [2, 3] from output to input pixels for `affine`, a kernel [3, 3] for `sharpness`.
     """
     count = augment.rand_augment_ops

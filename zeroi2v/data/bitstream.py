@@ -1,7 +1,7 @@
 """How many frames a packet shows, of codecs that hide frames, which are for reference alone.
 
 Usually a hidden frame shares the packet of one that is shown. Some writers give it a packet and a
-time stamp of its own: then packets are not frames, as only the bitstream tells.
+time stamp of its own: then packets are not frames, as only the bitstream shows.
 
 Source: VP9 bitstream specification 6.1 and Annex B; AV1 bitstream specification 5.3 to 5.9.
 """

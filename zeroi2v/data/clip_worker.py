@@ -39,8 +39,8 @@ class FrameReader:
     """Decodes the frames of clips; in a process of its own, it does not outlive the parent.
 
     `clips` are taken of a video. A video that takes longer than `timeout` seconds to decode cannot
-    be decoded. `cache` is a folder that keeps whole decoded videos. `fatal` holds files that kill
-    who decodes them, with the reasons.
+    be decoded. `cache` is a folder that keeps whole decoded videos. `fatal` has files that kill the
+    process that decodes them, with the reasons.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class ClipSource(FrameReader):
     cutter, (is_cut bool [], data uint8 [bytes], picks int32 [T], colours float32 [3, 3], box int32
     [2, 2]), used in the place of `frames` if is_cut; with augmentation, mirror int32 [], and, as
     far as it asks for them, the results of `draw_ops` and `draw_erasing`. `report` is JSON: index,
-    label, is_cut, bad (name of a sample -> reason). `geometry` holds the size to resize to and the
+    label, is_cut, bad (name of a sample -> reason). `geometry` has the size to resize to and the
     corner (top, left) of the crop, `box` the corner and size of what is used of a frame.
     """
 

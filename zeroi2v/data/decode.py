@@ -8,7 +8,7 @@ by seek    Read all packets without decoding; frame i is the one with the i-th s
            stamp. Then decode only from the keyframe before each wanted frame up to that frame,
            leaving out frames that no other frame refers to.
 
-Seeking is trusted only where a packet is a frame by definition (`SEEKABLE`), or the bitstream tells
+Seeking is trusted only where a packet is a frame by definition (`SEEKABLE`), or the bitstream shows
 that it is a hidden one (`bitstream.py`), and the time stamps are complete and different. Packets
 before the first keyframe count for nothing, as a decode gives nothing for them. At the first
 surprise (an error, a wanted time stamp that never shows up, frames out of order, interlaced fields)
@@ -73,7 +73,7 @@ class Limit:
 
 @dataclass(slots=True)
 class Index:
-    """What reading all packets without decoding tells about a video."""
+    """What can be known about a video by reading all packets without decoding."""
 
     pts: list[int | None]
     dts: list[int | None]
@@ -226,7 +226,7 @@ def read_index(container, stream, limit: Limit) -> Index:
     first = next((i for i, entry in enumerate(is_entry) if entry), 0)
     shown = [i for i, out in enumerate(is_shown) if out and i >= first]
     if not shown:
-        raise DecodeError("holds no frame")
+        raise DecodeError("contains no frame")
     stamps = [pts[i] for i in shown]
     complete = None not in stamps and len(set(stamps)) == len(stamps)
     frame_rate = float(stream.average_rate or 25)
@@ -386,7 +386,7 @@ def _decode_in_order(
         if len(own) == len(times) and (not is_part or np.abs(own - times).max() < 1e-3):
             return _pack(frames, indices)
         if not len(own):
-            raise DecodeError("holds no frame")
+            raise DecodeError("contains no frame")
         times, known = own, None
 
 

@@ -69,7 +69,7 @@ def _names(path: str, filename_tmpl: str | None) -> list[str]:
                 kinds.setdefault((match[1], match[3]), []).append((int(match[2]), name))
         if len(kinds) > 1:
             some = sorted(f"{prefix}…{suffix}" for prefix, suffix in kinds)
-            raise DecodeError(f"holds several kinds of images, give filename_tmpl: {some}")
+            raise DecodeError(f"contains several kinds of images, give filename_tmpl: {some}")
     images = sorted(image for kind in kinds.values() for image in kind)
     if not images:
         raise DecodeError(f"is a folder without images {filename_tmpl or 'that are numbered'}")

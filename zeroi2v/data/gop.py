@@ -65,7 +65,7 @@ class Cutter:
     def __call__(
         self, container, stream, index: Index, wanted: np.ndarray, limit: Limit
     ) -> Cut | None:
-        """The part of the video that holds the frames `wanted`, positions in `index.shown`.
+        """The part of the video that contains the frames `wanted`, positions in `index.shown`.
 
         None if the decoder does not take it. Raises Surprise or FFmpegError where the file is not
         what its index promised, DecodeError over the time limit.
@@ -102,7 +102,7 @@ class Cutter:
 
 
 # Not MPEG-4, which NVDEC could: packets of its AVI files are not frames, so that only decoding the
-# whole file tells which frame is which. Nor VP8, whose packets may hold hidden frames.
+# whole file shows which frame is which. Nor VP8, whose packets may hold hidden frames.
 _NVDEC_CODECS = ("h264", "hevc", "av1", "vp9")
 
 

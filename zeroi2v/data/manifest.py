@@ -71,7 +71,7 @@ class VideoFacts:
 
 
 def inspect_video(path: str, name: str, timeout: float | None = None) -> VideoFacts:
-    """Decodes all of the video at `path` and tells what it is; it is called `name` there.
+    """Decodes all of the video at `path` and describes it; it is called `name` there.
 
     Never raises for what the file is: `error` says what is wrong.
     """
@@ -131,7 +131,7 @@ def _inspect_file(path: str, facts: VideoFacts, limit: Limit) -> None:
             reason = f"damaged after frame {facts.frames}: {error.strerror}"
             raise DecodeError(reason) from None
     if not facts.frames:
-        raise DecodeError("holds no frame")
+        raise DecodeError("contains no frame")
 
 
 def _has_leading_frames(pts: list[int], is_key: list[bool]) -> bool:

@@ -53,8 +53,8 @@ class ClipLoader:
     `decoder`: "pyav" decodes in the workers. "dali" leaves what DALI's decoder takes to it, on a
     GPU to the hardware, which hides damage: the frames of a damaged video may be wrong there. So
     "auto" leaves to the hardware only videos whose `Sample.frames` says that a manifest knows them
-    to be whole, and is "pyav" on the CPU. Either way the frames are the same but for the rounding
-    of colours, and PyAV decodes what DALI does not take, in the same batches.
+    to be whole, and is "pyav" on the CPU. Either way the frames are the same, up to the rounding of
+    colours, and PyAV decodes what DALI does not take, in the same batches.
     Raises ValueError if an argument breaks its rule or an epoch would have no step.
     """
 
@@ -282,7 +282,7 @@ def check_shared_memory(needed: int) -> None:
 
 
 def processes_here() -> int:
-    """Processes of the run on this machine, as torchrun or DeepSpeed's launcher tells."""
+    """Processes of the run on this machine, as set by torchrun or DeepSpeed's launcher."""
     names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
     return int(next((os.environ[name] for name in names if name in os.environ), 1))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import pickle
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -183,7 +184,7 @@ class ViewLoader:
                         waiting.append((todo[0], self._submit(todo[0])))
                         todo.popleft()
                     views = waiting[0][1].result()
-                except BrokenProcessPool:
+                except (BrokenProcessPool, OSError):  # the latter while it is being taken down
                     self._end_workers()
                     again = [position for position, _ in waiting]
                     todo.extendleft(reversed(again))
@@ -233,7 +234,10 @@ def check_arguments(
 
 def _begin_worker(source: bytes) -> None:
     global _source
-    _source = pickle.loads(source)
+    try:
+        _source = pickle.loads(source)
+    except FileNotFoundError:  # its list of samples: the loader is gone already
+        os._exit(1)
     torch.set_num_threads(1)
 
 

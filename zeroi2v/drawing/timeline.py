@@ -118,7 +118,7 @@ def draw_timeline(result: dict[str, Any], path: str | Path) -> None:
 
     Rows are the labels that are ever the most probable, in order of their first time, at most
     `MAX_ROWS` of those that are it longest. Windows that can't be decoded are hatched. A gap
-    without windows is left blank, and drawn no wider than one; the axis tells the true times.
+    without windows is left blank, and drawn no wider than one; the axis shows the true times.
     """
     import matplotlib
 

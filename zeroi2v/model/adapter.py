@@ -1,4 +1,4 @@
-"""The linear adapter, and how it melts into the frozen linear layer beside it."""
+"""The linear adapter, and how it is merged into the frozen linear layer beside it."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ adapters most of what it does need is cheap to compute again. Kept, in widths C 
 
     `save`        x 1, queries, keys and values 3, attention's output 1, the residual between
                   attention and MLP 1, fc1's output 4, fc2's output 1, four bottlenecks 1    = 12
-    `lean`        the same, but for three of the bottlenecks                             = 11.25
+    `lean`        the same without three of the bottlenecks                              = 11.25
     `recompute`   x and the last bottleneck                                                = 1.25
 
 and without dropout no bottleneck of an adapter that is merged into its layer for the forward: 11

@@ -71,7 +71,7 @@ def merged_places(x: Tensor, weights: Sequence[Tensor], settings: Settings) -> l
 
 
 def attends_by_matmul(x: Tensor, settings: Settings) -> bool:
-    """Whether attention to `x [B, T, N, C]` is a matter of matrix products, which keep no sums."""
+    """True if attention to `x [B, T, N, C]` runs as matrix products, which keep no sums."""
     queries = 1 if settings.cls_only else x.shape[2]
     pays = matmul_pays(x.device, settings.dtype, queries)
     return pays and not adapter_linear.uses_kernels(x)
@@ -259,7 +259,7 @@ class BlockArithmetic:
         return qkv[:, :, :, 0], qkv[:, :, :, 1:]
 
     def _attend(self, made: dict[str, Tensor]) -> None:
-        """Makes attention's output in rows and, but for `matmul`, the logarithms of its sums."""
+        """Attention's output in rows and, except for `matmul`, the logarithms of its sums."""
         query, key_value = self._split(made)
         scale = query.shape[-1] ** -0.5
         if self.by_matmul:

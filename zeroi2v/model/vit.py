@@ -1,6 +1,6 @@
 """VideoViT: a CLIP image transformer that reads video. Readable from top to bottom.
 
-Every frame is a row of patch tokens and a CLS token. All layers work within frames, but for the
+Every frame is a row of patch tokens and a CLS token. All layers work within frames, except the
 attention heads that read a neighbouring frame's keys and values (`attention.py`). With
 `adapter=None` and zero offsets it is the plain image ViT, applied to each frame.
 

@@ -41,7 +41,7 @@ def save(model: VideoViT, folder: str | Path, extra_files: dict[str, str] | None
             what is in those of `model_card.ORIGINS`.
 
     Raises:
-        ValueError: `folder` holds something other than a model.
+        ValueError: `folder` contains something other than a model.
         OSError: it can't be written.
     """
     folder = check_output_folder(folder)
@@ -111,7 +111,7 @@ def read_config(folder: str | Path) -> ModelConfig:
         raise FileNotFoundError(f"model folder not found: {folder}")
     path = folder / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no model: {CONFIG} is missing")
+        raise FileNotFoundError(f"{folder} contains no model: {CONFIG} is missing")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -236,7 +236,7 @@ def check_state(state: dict[str, Tensor], expected: dict[str, Tensor], where: st
     if missing := [name for name in expected if name not in state]:
         raise ValueError(f"{where} lacks {_some(missing)}, which its config asks for")
     if unexpected := [name for name in state if name not in expected]:
-        raise ValueError(f"{where} holds {_some(unexpected)}, which its config has no place for")
+        raise ValueError(f"{where} contains {_some(unexpected)}, which its config has no place for")
     for name, tensor in expected.items():
         if state[name].shape != tensor.shape:
             raise ValueError(
@@ -246,7 +246,7 @@ def check_state(state: dict[str, Tensor], expected: dict[str, Tensor], where: st
         if not state[name].is_floating_point():
             raise ValueError(f"{where}: {name} must be floating point: got {state[name].dtype}")
         if not all(map(math.isfinite, state[name].aminmax())):  # nan comes through
-            raise ValueError(f"{where}: {name} must be finite: it holds inf or nan")
+            raise ValueError(f"{where}: {name} must be finite: it contains inf or nan")
 
 
 def _some(names: Iterable[str]) -> str:

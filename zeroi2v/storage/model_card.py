@@ -7,7 +7,7 @@ from typing import Any
 
 from zeroi2v.config import RECIPES, ModelConfig
 
-# JSON files that may lie beside a model and say where it is from; the card tells what is in them.
+# JSON files that may lie beside a model and say where it is from; the card says what is in them.
 ORIGINS = ("training.json", "conversion.json", "merge_report.json", "eval.json")
 
 _SAME = ("width", "depth", "num_heads", "patch_size", "num_frames", "head_offsets", "num_classes")

@@ -45,7 +45,7 @@ class Results:
     """The results in `path`, a .jsonl file; nothing is changed before `begin`.
 
     `restart` forgets what the file holds. Raises OSError if it can't be written, ValueError if it
-    is no .jsonl file or holds anything but results.
+    is no .jsonl file or contains anything but results.
     """
 
     def __init__(self, path: str, restart: bool = False):
@@ -62,7 +62,9 @@ class Results:
                 row = json.loads(line)
                 name, settings = row["path"], row.get("settings")
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise ValueError(f"--out {path} holds other than results: line {number}") from None
+                raise ValueError(
+                    f"--out {path} contains other than results: line {number}"
+                ) from None
             if not isinstance(settings, dict):
                 raise ValueError(
                     f"--out {path} does not say which weights its results are of: line {number}; "
@@ -76,7 +78,7 @@ class Results:
     def begin(self, model: str, settings: dict[str, Any]) -> None:
         """Opens the file for results of `settings`; `model` is what its lines call the model.
 
-        Raises ValueError that names what differs if it holds results of other settings.
+        Raises ValueError that names what differs if it contains results of other settings.
         """
         self._check(self._known or settings, settings)
         self._head = {"model": model, "settings": settings}
@@ -88,7 +90,7 @@ class Results:
         if names:
             some = ", ".join(f"{n} {theirs.get(n)}, not {ours.get(n)}" for n in names)
             raise ValueError(
-                f"--out {self.path} holds results of {some}: "
+                f"--out {self.path} contains results of {some}: "
                 "name another file, or begin anew with --restart"
             )
 

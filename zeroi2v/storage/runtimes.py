@@ -122,7 +122,9 @@ def read_embedded(text: str | bytes | None, path: Path) -> tuple[ModelConfig, st
     except ValueError:
         values = {}
     if not isinstance(values, dict) or values.get("format") != "zeroi2v":
-        raise ValueError(f"{path} tells no preprocessing and labels: make it by zeroi2v.export")
+        raise ValueError(
+            f"{path} has no embedded preprocessing or labels; re-export it with `zeroi2v export`"
+        )
     return ModelConfig.from_dict(values.get("model")), values.get("takes", "clips")
 
 
@@ -139,7 +141,7 @@ def _check_archive(path: Path) -> None:
             for name in archive.namelist():
                 inside = name.partition("/")[2]
                 if not _MEMBERS.fullmatch(inside):
-                    raise ValueError(f"it holds {inside}, which zeroi2v.export does not write")
+                    raise ValueError(f"it contains {inside}, which zeroi2v.export does not write")
                 if inside.endswith("_config.json"):
                     entries = json.loads(archive.read(name)).get("config", {})
                     if any(entry.get("use_pickle") for entry in entries.values()):

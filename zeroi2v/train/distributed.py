@@ -1,6 +1,6 @@
 """The processes of a run: how they start, agree, stop, and end when one of them is lost.
 
-Every error is told once, whichever processes meet it, and none of them waits for ever for another.
+Every error is reported once, whichever processes meet it, and no process waits for ever.
 What they tell each other goes over gloo, on a group of its own, from CPU to CPU; the default group
 carries gradients, on GPUs over NCCL. NCCL's watchdog kills a process without a word of ours, so
 that group waits longer than this one.
@@ -96,7 +96,7 @@ def meet() -> dist.Store:
 
 
 def check_gpus(store: dist.Store) -> None:
-    """Ends all processes if there is no GPU for one of them; the first one tells."""
+    """Ends all processes if there is no GPU for one of them; the first one says so."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     number, gpus = processes_here(), torch.cuda.device_count()
     lacking = int(os.environ["LOCAL_RANK"]) >= gpus
@@ -175,7 +175,7 @@ def wait_for_all() -> None:
 
 
 def together(work: Callable[[], T]) -> T:
-    """Runs `work` in every process; bad input in any of them stops all, and is told once.
+    """Runs `work` in every process; bad input in any of them stops all, and is reported once.
 
     Raises ValueError or OSError from `work` in a single process; SystemExit in several.
     """
@@ -205,8 +205,8 @@ def first_alone(work: Callable[[], object]) -> None:
 def told_once() -> Iterator[None]:
     """Within, the end of a process ends the others, each error in one line from one process.
 
-    Where one process alone has met bad input (ValueError, OSError), it tells, and the others leave
-    without a word; where a process has died or is stuck, one of those that notice tells. In a
+    Where one process alone has met bad input (ValueError, OSError), it reports that, and the others
+    end silently; where a process has died or is stuck, one of those that notice reports it. In a
     single process errors pass. Raises SystemExit in several.
     """
     store, several = _get_default_store(), dist.get_world_size() > 1

@@ -1,7 +1,7 @@
 """The DeepSpeed engine of a run: its optimizer, its settings, the weights it trains.
 
 What DeepSpeed gets wrong by default is set right here, with the reason beside it. It is imported
-late, since its import takes seconds and bad input should be told before.
+late, since its import takes seconds and bad input should be reported before.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def build_engine(model: nn.Module, optim: OptimConfig, steps_per_epoch: int) -> 
     """The DeepSpeed engine around `model`, whose trainable parameters it will update."""
     import deepspeed
 
-    # At stage 3 it calls what torch is about to rename, and torch tells at every step.
+    # At stage 3 it calls what torch is about to rename, and torch warns at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     # A C++ op that training does not use; building it takes minutes and a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

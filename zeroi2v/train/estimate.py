@@ -1,4 +1,4 @@
-"""What a run will take of memory and time, told before it starts: `train/main.py --dry-run`.
+"""The memory and time that a run will take, before it starts: `zeroi2v train --dry-run`.
 
 Steps of one clip and of three at once are measured, with the real model, engine, optimizer and
 loaders, and what a clip adds is extrapolated to the run's own number. If that is well within

@@ -20,7 +20,7 @@ from zeroi2v.storage.checkpoint import write_whole
 class RunLog:
     """Records every step in `log.jsonl`, and every `every` steps on the terminal and TensorBoard.
 
-    Only rank 0 has one. A line of the file holds `step` (optimizer steps done) and `epoch`, and
+    Only rank 0 has one. A line of the file contains `step` (optimizer steps done) and `epoch`, and
     either `loss`, `lr`, `seconds`, `waited` and `clips_per_s` of that step or `val_*` after it. On
     a terminal a bar below the lines counts the steps. With `project`, what TensorBoard gets goes to
     that project of Weights & Biases as well, and `config` once.

@@ -288,11 +288,22 @@ def train(job: Job, signals: StopSignals) -> int:
         log.close()
         if not stop:  # who sends a signal is in a hurry
             write_report(folder)
+            say_result(progress, folder, finished)
         summary = {"steps": progress.step, "finished": finished, "top1": progress.top1,
                    "best_top1": progress.best_top1, "seconds": round(time.time() - started, 1),
                    "dir": str(folder)}  # fmt: skip
         print(json.dumps(summary), flush=True)
     return 128 + stop if stop else 0
+
+
+def say_result(progress: Progress, folder: Path, finished: bool) -> None:
+    """The end of a run in two lines for people: what came out, and what to do with it."""
+    result = f"{progress.step} steps"
+    if progress.top1 is not None:
+        result += f", top-1 {progress.top1:.2f} % (best {progress.best_top1:.2f} %)"
+    print(f"result      {result}; report: {folder / 'report.html'}")
+    if finished:
+        print(f"next        zeroi2v reparam {folder} --out {folder / 'merged'}")
 
 
 def share(loss: float, signals: StopSignals, loader: ClipLoader) -> tuple[float, int, int]:

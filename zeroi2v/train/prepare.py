@@ -141,7 +141,7 @@ def prepare(config: RunConfig, device: torch.device, keep: ExitStack | None) -> 
 def provenance(
     config: RunConfig, samples: list[Sample], val_samples: list[Sample]
 ) -> dict[str, Any]:
-    """What a model's card tells about its training; files by name alone."""
+    """What a model's card says about its training; files by name alone."""
     optim, lists = config.optim, (config.data.train_list, config.data.val_list)
     train_list, val_list = (Path(name or "none").name for name in lists)
     return {
@@ -178,7 +178,10 @@ def draw_shots(samples: list[Sample], shots: int, num_classes: int, seed: int) -
     if few:
         some = ", ".join(f"{count} of class {label}" for label, count in list(few.items())[:3])
         more = f" and {len(few) - 3} more classes" if len(few) > 3 else ""
-        raise ValueError(f"data.shots must be had in every class: got {shots} for {some}{more}")
+        raise ValueError(
+            f"data.shots must be at most the videos of each class: got {shots}, but there are "
+            f"{some}{more}"
+        )
     drawn = [
         np.random.default_rng((seed, label)).choice(own, shots, replace=False)
         for label, own in enumerate(rows)

@@ -85,7 +85,7 @@ def write_report(folder: Path) -> None:
 def per_class(confusion: list[list[int]], labels: tuple[str, ...]) -> list[dict[str, Any]]:
     """One row per class, from the most accurate down, classes without a video last.
 
-    `confusion` is as from `zeroi2v.inference.metrics`. A row holds `index`, `name`, `videos`,
+    `confusion` is as from `zeroi2v.inference.metrics`. A row contains `index`, `name`, `videos`,
     `right`, `accuracy` in percent, and the class it is most often `taken_for`, `taken_count` times.
     """
     names = labels or tuple(str(i) for i in range(len(confusion)))

@@ -83,7 +83,9 @@ def is_finished(part: Part) -> bool:
         return False
     changed = differences(load_config(part.folder / "config.yaml"), part.config)
     if changed:
-        raise ValueError(f"{part.folder} holds a run of another config: got {'; '.join(changed)}")
+        raise ValueError(
+            f"{part.folder} contains a run of another config: got {'; '.join(changed)}"
+        )
     validated = json.loads((part.folder / "eval.json").read_text(encoding="utf-8"))["step"]
     last = max(read_log(part.folder), key=lambda line: line["step"])
     return last["epoch"] >= part.config.optim.epochs and validated == last["step"]

@@ -1,6 +1,6 @@
 """The state of a run on disk: all it needs to go on exactly, whole at any moment, never executed.
 
-`state/TAG/` holds DeepSpeed's part (trained weights, optimizer, schedule, random numbers of each
+`state/TAG/` contains DeepSpeed's part (trained weights, optimizer, schedule, random numbers of each
 process) and `record.json`; `state/latest` names the TAG that is whole. Frozen weights are not in
 it: their checksum is, and they come from where the run took them.
 """

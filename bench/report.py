@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bench.plots import digest, draw
 from bench.tables import page, summary
-from zeroi2v.storage.checkpoint import write_whole
+from zeroi2v.files import write_whole
 
 RESULTS = Path(__file__).with_name("results")
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"

@@ -452,7 +452,8 @@ def test_too_many_bad_files_stop_a_run_with_the_list():
     bad = {"b.mp4": "b.mp4: is damaged", "a.mp4": "a.mp4: contains no frame"}
     check_bad_files(bad, total=200, max_bad_fraction=0.01)
     check_bad_files({}, total=200, max_bad_fraction=0.0)
-    with pytest.raises(ValueError, match=r"(?s)0.01 of 199: got 2:\n  a.mp4: contains.*\n  b.mp4: is"):
+    listed = r"(?s)0.01 of 199: got 2:\n  a.mp4: contains.*\n  b.mp4: is"
+    with pytest.raises(ValueError, match=listed):
         check_bad_files(bad, total=199, max_bad_fraction=0.01)
     with pytest.raises(ValueError, match="to go on without them, raise data.max_bad_fraction; .*"
                        "data.manifest"):  # fmt: skip

@@ -24,7 +24,6 @@ from training import (
     wait_for,
 )
 
-import zeroi2v.train.state
 from zeroi2v import VideoViT
 from zeroi2v.config import ModelConfig
 from zeroi2v.data.pipeline import ClipLoader
@@ -180,15 +179,12 @@ def test_taken_port_is_told_by_name_and_the_run_starts_when_it_is_free(data, tmp
 def test_run_folder_takes_one_run_at_a_time(data, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     folder.mkdir()
-    monkeypatch.setattr(zeroi2v.train.state.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(lock_folder, "__defaults__", (0.1,))
-    with (
-        lock_folder(folder),
-        pytest.raises(OSError, match=f"another run is writing to {folder}"),
-    ):
+    lock = lock_folder(folder)
+    with pytest.raises(OSError, match=f"another run is writing to {folder}"):
         main(arguments(data, folder))
-    with lock_folder(folder):
-        pass
+    lock.release()
+    lock_folder(folder).release()
 
 
 def test_auto_begins_where_there_is_no_state_and_never_over_a_model(data, tmp_path, capsys):

@@ -33,6 +33,7 @@ from zeroi2v.data.manifest import (
     read_manifest,
 )
 from zeroi2v.data.video_files import left_out
+from zeroi2v.files import write_whole
 
 
 def main(argv: list[str]) -> None:
@@ -101,9 +102,7 @@ def scan(names: dict[str, str], out: Path, workers: int, timeout: float) -> dict
     out.parent.mkdir(parents=True, exist_ok=True)
     # What is kept of an earlier scan comes first; a line that was cut short is gone by that.
     kept = known | {rows[path].path: rows[path] for path in rows}
-    temporary = out.with_name(f".{out.name}.tmp")
-    temporary.write_text("".join(map(manifest_line, kept.values())), encoding="utf-8")
-    os.replace(temporary, out)
+    write_whole(out, "".join(map(manifest_line, kept.values())))
     todo = [(path, name, timeout) for path, name in names.items() if path not in rows]
     bar = tqdm(total=len(names), initial=len(rows), desc="check", unit="video", disable=None)
     with bar, open(out, "a", encoding="utf-8", buffering=1) as file:

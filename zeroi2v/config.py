@@ -18,7 +18,8 @@ CLIP_MEAN = (122.769, 116.74, 104.04)
 CLIP_STD = (68.493, 66.63, 70.321)
 
 
-def _require(condition: bool, name: str, rule: str, value: Any) -> None:
+def require(condition: bool, name: str, rule: str, value: Any) -> None:
+    """Raises ValueError that names the value and the rule, unless `condition`."""
     if not condition:
         raise ValueError(f"{name} {rule}: got {value}")
 
@@ -35,8 +36,8 @@ class AdapterConfig:
     """Probability of zeroing an element of the bottleneck while training."""
 
     def __post_init__(self):
-        _require(0 < self.ratio <= 1, "adapter.ratio", "must be in (0, 1]", self.ratio)
-        _require(0 <= self.dropout < 1, "adapter.dropout", "must be in [0, 1)", self.dropout)
+        require(0 < self.ratio <= 1, "adapter.ratio", "must be in (0, 1]", self.ratio)
+        require(0 <= self.dropout < 1, "adapter.dropout", "must be in [0, 1)", self.dropout)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,22 +67,22 @@ class PreprocessConfig:
     """Clips per video and crops per clip in tests: 1 crop (centre) or 3 along the long side."""
 
     def __post_init__(self):
-        _require(
+        require(
             self.sampling in ("dense", "uniform"),
             "preprocess.sampling",
             "must be 'dense' or 'uniform'",
             self.sampling,
         )
-        _require(self.interval >= 1, "preprocess.interval", "must be at least 1", self.interval)
-        _require(
+        require(self.interval >= 1, "preprocess.interval", "must be at least 1", self.interval)
+        require(
             self.interpolation in ("bilinear", "bicubic"),
             "preprocess.interpolation",
             "must be 'bilinear' or 'bicubic'",
             self.interpolation,
         )
-        _require(all(s > 0 for s in self.std), "preprocess.std", "must be positive", self.std)
+        require(all(s > 0 for s in self.std), "preprocess.std", "must be positive", self.std)
         clips, crops = self.test_views
-        _require(
+        require(
             clips >= 1 and crops in (1, 3),
             "preprocess.test_views",
             "must be (clips >= 1, crops 1 or 3)",
@@ -126,7 +127,7 @@ class ModelConfig:
 
     def __post_init__(self):
         for name in ("image_size", "patch_size", "width", "depth", "num_heads", "num_frames"):
-            _require(getattr(self, name) >= 1, name, "must be at least 1", getattr(self, name))
+            require(getattr(self, name) >= 1, name, "must be at least 1", getattr(self, name))
         sides = {
             "val_short_side": round(self.image_size * 8 / 7),
             "test_short_side": self.image_size,
@@ -135,19 +136,19 @@ class ModelConfig:
             side = getattr(self.preprocess, name)
             if side is not None:
                 rule = f"must be at least image_size {self.image_size}"
-                _require(side >= self.image_size, f"preprocess.{name}", rule, side)
+                require(side >= self.image_size, f"preprocess.{name}", rule, side)
                 sides[name] = side
         preprocess = dataclasses.replace(self.preprocess, **sides)
         object.__setattr__(self, "preprocess", preprocess)
         classes = self.num_classes  # None until they have been counted, in a training config alone
-        _require(classes is None or classes >= 1, "num_classes", "must be at least 1", classes)
-        _require(
+        require(classes is None or classes >= 1, "num_classes", "must be at least 1", classes)
+        require(
             self.image_size % self.patch_size == 0,
             "image_size",
             f"must be a multiple of patch_size {self.patch_size}",
             self.image_size,
         )
-        _require(
+        require(
             self.width % self.num_heads == 0,
             "width",
             f"must be a multiple of num_heads {self.num_heads}",
@@ -158,13 +159,13 @@ class ModelConfig:
                 "head_offsets needs one entry per head: "
                 f"got {len(self.head_offsets)} for {self.num_heads} heads"
             )
-        _require(
+        require(
             self.activation in ("quick_gelu", "gelu"),
             "activation",
             "must be 'quick_gelu' or 'gelu'",
             self.activation,
         )
-        _require(0 <= self.head_dropout < 1, "head_dropout", "must be in [0, 1)", self.head_dropout)
+        require(0 <= self.head_dropout < 1, "head_dropout", "must be in [0, 1)", self.head_dropout)
         if self.labels and classes not in (None, len(self.labels)):
             raise ValueError(
                 f"labels needs one name per class: got {len(self.labels)} "
@@ -331,6 +332,17 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ValueError(f"{where} must be {hint.__name__}: got {value!r}")
     return value
+
+
+def flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:
+    """Nested mappings and dataclasses as one mapping of dotted names, such as `adapter.scale`."""
+    names: dict[str, Any] = {}
+    for key, value in values.items():
+        if dataclasses.is_dataclass(value):
+            value = dataclasses.asdict(value)
+        inner = isinstance(value, dict) and value
+        names |= flat(value, f"{where}{key}.") if inner else {f"{where}{key}": value}
+    return names
 
 
 def unknown_name(kind: str, name: str, known: typing.Iterable[str]) -> str:

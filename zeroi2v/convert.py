@@ -18,10 +18,10 @@ from typing import Any
 
 import yaml
 
-from zeroi2v.bridges.load import convert, flat
+from zeroi2v.bridges.load import convert
 from zeroi2v.bridges.reader import read_source
 from zeroi2v.cli import run
-from zeroi2v.config import ModelConfig, unknown_name
+from zeroi2v.config import ModelConfig, flat, unknown_name
 from zeroi2v.storage.checkpoint import check_output_folder, save
 
 

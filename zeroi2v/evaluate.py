@@ -25,9 +25,10 @@ from zeroi2v.data.classes import occurrence, some
 from zeroi2v.data.video_files import left_out
 from zeroi2v.data.views import ViewLoader
 from zeroi2v.drawing.figures import draw_confusion
+from zeroi2v.files import check_writable, write_whole
 from zeroi2v.inference import default_device, default_workers, metrics, predict_views, takes_frames
 from zeroi2v.model.vit import VideoViT
-from zeroi2v.storage.checkpoint import check_writable, fetch, model_folder, write_whole
+from zeroi2v.storage.checkpoint import fetch, model_folder
 from zeroi2v.storage.runtimes import load_deployed
 
 

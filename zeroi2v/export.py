@@ -15,11 +15,8 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import os
 import sys
-import tempfile
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -31,10 +28,11 @@ from zeroi2v.cli import run
 from zeroi2v.config import ModelConfig
 from zeroi2v.data.preprocess import crop_views, normalise
 from zeroi2v.extras import require
+from zeroi2v.files import check_writable, whole_file
 from zeroi2v.model.attention import STDHA
 from zeroi2v.model.vit import VideoViT
-from zeroi2v.reparam import DTYPES, merge, seeded_clips, verify
-from zeroi2v.storage.checkpoint import check_writable, load, model_folder
+from zeroi2v.reparam import DTYPES, merge, relative_error, seeded_clips, verify
+from zeroi2v.storage.checkpoint import load, model_folder
 from zeroi2v.storage.runtimes import CONFIG_KEY, ExportedModel, OnnxModel, embedded
 
 FORMATS = {"onnx": (".onnx",), "torch-export": (".pt2",), "clip": (".safetensors", ".pt")}
@@ -103,23 +101,21 @@ def export(
         raise ValueError("model must be merged: it has adapters")
     model = copy.deepcopy(model).to(dtype).eval()
     if format == "clip":
-        _replace(path, lambda temporary: _write_clip(model, temporary))
+        with whole_file(path) as temporary:
+            _write_clip(model, temporary)
+            temporary.chmod(0o644)  # safetensors lets its owner alone read it
         return None
     file = _OfFrames(model) if with_preprocess else _OfClips(model)
     write, reader = {
         "onnx": (_write_onnx, OnnxModel),
         "torch-export": (_write_program, ExportedModel),
     }[format]
-    reports = []
-
-    def write_and_prove(temporary: Path) -> None:
+    with whole_file(path) as temporary:
         write(file, temporary)
-        reports.append(_compare(model, file, reader(temporary)))
-        if not reports[0].rel <= reports[0].limit:
-            raise ValueError(f"{format} file not kept: {reports[0]}")
-
-    _replace(path, write_and_prove)
-    return reports[0]
+        report = _compare(model, file, reader(temporary))
+        if not report.rel <= report.limit:
+            raise ValueError(f"{format} file not kept: {report}")
+    return report
 
 
 def check_export_path(format: str, path: str | Path) -> Path:
@@ -304,24 +300,8 @@ def _compare(model: VideoViT, file: _OfClips, written: nn.Module) -> ExportRepor
         if model.head.weight.dtype != torch.float32:
             wide.model = model
             half = torch.cat([wide(x) for x in file.examples()])
-            limit = max(limit, HALF_PRECISION_MARGIN * _rel(half, truth))
-    return ExportReport(rel=_rel(found, truth), limit=limit, batches=(1, 3))
-
-
-def _rel(value: Tensor, truth: Tensor) -> float:
-    return ((value.double() - truth.double()).norm() / truth.double().norm()).item()
-
-
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Has `write` fill a file beside `path`, which takes its place if all went well."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    try:
-        write(Path(name))
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+            limit = max(limit, HALF_PRECISION_MARGIN * relative_error(half, truth))
+    return ExportReport(rel=relative_error(found, truth), limit=limit, batches=(1, 3))
 
 
 def main(argv: list[str]) -> None:

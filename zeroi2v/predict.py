@@ -31,8 +31,9 @@ from zeroi2v.data.classes import some
 from zeroi2v.data.live_input import as_file
 from zeroi2v.data.video_files import find_videos
 from zeroi2v.drawing.timeline import draw_timeline, timeline
+from zeroi2v.files import check_writable, write_whole
 from zeroi2v.inference import choose_device, predict_each
-from zeroi2v.storage.checkpoint import check_writable, fetch, write_whole
+from zeroi2v.storage.checkpoint import fetch
 from zeroi2v.storage.results import Results, settings_of
 from zeroi2v.storage.runtimes import load_deployed
 

@@ -123,11 +123,11 @@ def verify(adapted: VideoViT, merged: VideoViT, clips: Tensor) -> MergeReport:
     theirs = _trace(adapted, clips, dtype)
     exact = dtype in TOLERANCE
     truth = theirs if exact else _trace(adapted, clips, torch.float64)
-    errors = [_rel(a, b) for a, b in zip(ours, truth, strict=True)]
+    errors = [relative_error(a, b) for a, b in zip(ours, truth, strict=True)]
     if exact:
         rel, limit = errors[-1], TOLERANCE[dtype]
     else:
-        own = [_rel(a, b) for a, b in zip(theirs, truth, strict=True)]
+        own = [relative_error(a, b) for a, b in zip(theirs, truth, strict=True)]
         rel, limit = _mean_square(errors) ** 0.5, HALF_PRECISION_MARGIN * _mean_square(own) ** 0.5
     logits, expected = ours[-1], truth[-1]
     agreement = (logits.argmax(-1) == theirs[-1].argmax(-1)).double().mean().item()
@@ -169,7 +169,7 @@ def _trace(model: VideoViT, clips: Tensor, dtype: torch.dtype) -> list[Tensor]:
     return [torch.cat(trace[block::depth]) for block in range(depth)] + [torch.cat(rows)]
 
 
-def _rel(value: Tensor, truth: Tensor) -> float:
+def relative_error(value: Tensor, truth: Tensor) -> float:
     return ((value - truth).norm() / truth.norm().clamp_min(1e-300)).item()
 
 

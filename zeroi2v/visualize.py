@@ -16,7 +16,6 @@ the preprocessing of validation. Adapted and merged models give the same picture
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from zeroi2v.cli import run
 from zeroi2v.data.annotations import Sample
 from zeroi2v.data.views import ViewLoader
 from zeroi2v.drawing.attention_maps import Row, draw_grid, draw_strip
+from zeroi2v.files import whole_file
 from zeroi2v.inference import default_device
 from zeroi2v.model.vit import VideoViT
 from zeroi2v.storage.checkpoint import fetch, load, model_folder
@@ -133,8 +133,7 @@ def _name(heads: list[int]) -> str:
 
 def write_film(path: Path, pictures: Iterable[np.ndarray]) -> None:
     """Writes pictures uint8 `[H, W, 3]` of one size to an h264 file, each for a while."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with av.open(str(temporary), "w", format="mp4") as container:
+    with whole_file(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=_RATE, options={"crf": "18"})
         stream.pix_fmt = "yuv420p"
         for picture in pictures:
@@ -145,7 +144,6 @@ def write_film(path: Path, pictures: Iterable[np.ndarray]) -> None:
             for _ in range(round(SECONDS_A_FRAME * _RATE)):
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode(None))
-    os.replace(temporary, path)
 
 
 def main(argv: list[str]) -> None:
@@ -219,9 +217,8 @@ def save_picture(picture: np.ndarray, path: Path) -> None:
     """Writes uint8 `[H, W, 3]` as a PNG that is there whole or not at all."""
     from PIL import Image
 
-    temporary = path.with_name(f".{path.name}.tmp")
-    Image.fromarray(picture).save(temporary, format="png")
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        Image.fromarray(picture).save(temporary, format="png")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from zeroi2v.bridges import authors, open_clip, openai, timm, transformers
 from zeroi2v.bridges.foreign import Foreign, resize_positions
 from zeroi2v.bridges.reader import Source, read_source
-from zeroi2v.config import ModelConfig, recipe
+from zeroi2v.config import ModelConfig, flat, recipe
 from zeroi2v.model.vit import VideoViT
 from zeroi2v.storage.checkpoint import CONFIG, WEIGHTS, check_state, is_native, load
 
@@ -205,19 +204,6 @@ def _build(config: ModelConfig, state: dict[str, Tensor], foreign: Foreign, wher
         else:
             torch.nn.init.zeros_(expected[name])
     return model.eval()
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dots in the names: `adapter.scale`."""
-    names: dict[str, Any] = {}
-    for key, value in values.items():
-        if dataclasses.is_dataclass(value):
-            value = dataclasses.asdict(value)
-        if isinstance(value, dict):
-            names |= flat(value, f"{prefix}{key}.")
-        else:
-            names[prefix + key] = value
-    return names
 
 
 def _nested(values: dict[str, Any]) -> dict[str, Any]:

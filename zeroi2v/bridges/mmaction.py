@@ -13,7 +13,7 @@ import yaml
 
 from zeroi2v.bridges.authors import model_fields
 from zeroi2v.bridges.mmconfig import Unknown, find, read_config
-from zeroi2v.storage.checkpoint import write_whole
+from zeroi2v.files import write_whole
 
 # Sections that say how to log, save and distribute; ours do so by themselves.
 _RUNTIME = """default_scope default_hooks env_cfg log_processor vis_backends visualizer log_level

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from itertools import chain
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from zeroi2v.files import whole_file
 
 MAX_NAMED = 51
 """Classes that are named along each side of a confusion matrix; of more, every second, third, …"""
@@ -117,7 +118,6 @@ def save_figure(figure: Any, path: Path) -> None:
     """Saves a figure of pyplot's as PNG `path`, which is there whole or not at all; closes it."""
     from matplotlib import pyplot
 
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=120, format="png")
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
     pyplot.close(figure)
-    os.replace(temporary, path)

@@ -6,17 +6,12 @@ that contradicts the tensors, is an error that names it.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import math
 import os
 import re
-import shutil
-import sys
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -25,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from zeroi2v.config import ModelConfig
+from zeroi2v.files import check_writable, replacing
 from zeroi2v.model.vit import VideoViT
 from zeroi2v.storage.model_card import ORIGINS, model_card
 
@@ -155,59 +151,6 @@ def check_output_folder(folder: str | Path) -> Path:
     if folder.is_dir() and any(folder.iterdir()) and not is_native(folder):
         raise ValueError(f"output folder must be empty or hold a model: got {folder}")
     return check_writable(folder, "output folder")
-
-
-def check_writable(path: str | Path, name: str) -> Path:
-    """`path` as a Path, its parent made and proven writable; `name` is what an OSError calls it."""
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise OSError(f"{name} can't be written: {path} ({error.strerror})") from None
-    return path
-
-
-@contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place when the block ends without error."""
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    temporary.chmod(0o755)
-    try:
-        yield temporary
-        for file in temporary.iterdir():
-            file.chmod(0o644)  # safetensors lets its owner alone read it
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-        if folder.exists() and not _exchange(temporary, folder):
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-            os.replace(folder, old)
-            os.replace(temporary, folder)
-            shutil.rmtree(old)
-        elif not folder.exists():
-            os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swaps two folders in one go, so that neither is ever missing; False where that can't be."""
-    if sys.platform != "linux":
-        return False
-    at_working_folder, exchange = -100, 2
-    rename = ctypes.CDLL(None).renameat2
-    return rename(at_working_folder, bytes(one), at_working_folder, bytes(other), exchange) == 0
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
 
 
 def weights_hash(state: dict[str, Tensor]) -> str:

@@ -14,8 +14,9 @@ from typing import Any
 from torch import nn
 
 from zeroi2v.data.live_input import is_live
+from zeroi2v.files import check_writable
 from zeroi2v.model.vit import VideoViT
-from zeroi2v.storage.checkpoint import check_writable, weights_hash
+from zeroi2v.storage.checkpoint import weights_hash
 
 
 def settings_of(model: nn.Module, source: Path, **more: Any) -> dict[str, Any]:

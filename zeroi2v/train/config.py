@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import yaml
 
-from zeroi2v.config import ModelConfig, build_dataclass, recipe, unknown_name
+from zeroi2v.config import ModelConfig, build_dataclass, flat, recipe, require, unknown_name
 from zeroi2v.data.pipeline import AugmentConfig
 from zeroi2v.model.training_block import Memory
 
@@ -38,11 +38,6 @@ FREE_ON_RESUME = {
     "data.timeout",
     "data.cache",
 }
-
-
-def _require(condition: bool, name: str, rule: str, value: Any) -> None:
-    if not condition:
-        raise ValueError(f"{name} {rule}: got {value}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,22 +90,22 @@ class DataConfig:
     """Training videos of each class, drawn by `run.seed`, to train on; None: all."""
 
     def __post_init__(self):
-        _require(
+        require(
             self.workers is None or self.workers >= 0, "data.workers", "must be >= 0", self.workers
         )
-        _require(
+        require(
             self.timeout is None or self.timeout > 0,
             "data.timeout",
             "must be positive or null",
             self.timeout,
         )
-        _require(
+        require(
             0 <= self.max_bad_fraction <= 1,
             "data.max_bad_fraction",
             "must be in [0, 1]",
             self.max_bad_fraction,
         )
-        _require(
+        require(
             self.shots is None or self.shots >= 1, "data.shots", "must be at least 1", self.shots
         )
 
@@ -159,25 +154,23 @@ class OptimConfig:
     def __post_init__(self):
         for name in ("lr", "lr_batch", "backbone_lr_scale", "epochs", "batch_size", "micro_batch"):
             value = getattr(self, name)
-            _require(value is None or value > 0, f"optim.{name}", "must be positive", value)
-        _require(self.weight_decay >= 0, "optim.weight_decay", "must be >= 0", self.weight_decay)
-        _require(
-            all(0 <= b < 1 for b in self.betas), "optim.betas", "must be in [0, 1)", self.betas
-        )
-        _require(self.warmup_epochs >= 0, "optim.warmup_epochs", "must be >= 0", self.warmup_epochs)
-        _require(
+            require(value is None or value > 0, f"optim.{name}", "must be positive", value)
+        require(self.weight_decay >= 0, "optim.weight_decay", "must be >= 0", self.weight_decay)
+        require(all(0 <= b < 1 for b in self.betas), "optim.betas", "must be in [0, 1)", self.betas)
+        require(self.warmup_epochs >= 0, "optim.warmup_epochs", "must be >= 0", self.warmup_epochs)
+        require(
             0 < self.warmup_start <= 1,
             "optim.warmup_start",
             "must be in (0, 1]",
             self.warmup_start,
         )
-        _require(
+        require(
             0 <= self.label_smoothing < 1,
             "optim.label_smoothing",
             "must be in [0, 1)",
             self.label_smoothing,
         )
-        _require(
+        require(
             self.clip_grad is None or self.clip_grad > 0,
             "optim.clip_grad",
             "must be positive or null",
@@ -241,7 +234,7 @@ class RunOptions:
     def __post_init__(self):
         for name in ("log_every", "val_every", "save_every", "max_steps"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"run.{name}", "must be at least 1", value)
+            require(value is None or value >= 1, f"run.{name}", "must be at least 1", value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -300,7 +293,7 @@ def find_config(name: str | Path) -> Path:
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
     """The keys that keep `new` from continuing a run of `old`, as `key: old -> new`."""
-    old_values, new_values = _flat(old.to_dict()), _flat(new.to_dict())
+    old_values, new_values = flat(old.to_dict()), flat(new.to_dict())
     return [
         f"{key}: {old_values.get(key)} -> {new_values.get(key)}"
         for key in sorted(old_values | new_values)
@@ -357,12 +350,3 @@ def _parse(text: str, source: str) -> Any:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{source} must be valid YAML: {' '.join(str(error).split())}") from None
-
-
-def _flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:
-    """Nested dicts as one dict of dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        inner = isinstance(value, dict) and value
-        flat |= _flat(value, f"{where}{key}.") if inner else {f"{where}{key}": value}
-    return flat

@@ -24,7 +24,6 @@ from torch.distributed import distributed_c10d
 from zeroi2v.train.config import OptimConfig
 from zeroi2v.train.distributed import gradient_limit, limit
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Of weights, clips and activations, by `optim.precision`."""
 
 

@@ -26,9 +26,10 @@ from torch import Tensor
 
 from zeroi2v.data.pipeline import processes_here
 from zeroi2v.model.training_block import Memory
+from zeroi2v.reparam import DTYPES
 from zeroi2v.train.config import OptimConfig
 from zeroi2v.train.distributed import StopSignals, gather, say
-from zeroi2v.train.engine import DTYPES, build_engine, seed_dropout
+from zeroi2v.train.engine import build_engine, seed_dropout
 from zeroi2v.train.prepare import Job
 
 GB = 1e9

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from zeroi2v.drawing.figures import save_figure
-from zeroi2v.storage.checkpoint import write_whole
+from zeroi2v.files import write_whole
 
 
 class RunLog:

@@ -37,10 +37,11 @@ from zeroi2v.data.annotations import Sample
 from zeroi2v.data.pipeline import ClipLoader, check_bad_files
 from zeroi2v.data.views import Batch, ViewLoader
 from zeroi2v.extras import require
+from zeroi2v.files import write_whole
 from zeroi2v.inference import metrics, predict_views
 from zeroi2v.model.vit import VideoViT
+from zeroi2v.reparam import DTYPES
 from zeroi2v.storage.checkpoint import save as save_folder
-from zeroi2v.storage.checkpoint import write_whole
 from zeroi2v.train.config import load_config
 from zeroi2v.train.distributed import (
     StopSignals,
@@ -57,7 +58,6 @@ from zeroi2v.train.distributed import (
 )
 from zeroi2v.train.divergence import is_bad, stop_diverged
 from zeroi2v.train.engine import (
-    DTYPES,
     build_engine,
     checksum,
     read_later,

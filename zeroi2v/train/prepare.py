@@ -212,7 +212,7 @@ def enter_run_dir(config: RunConfig, keep: ExitStack) -> dict[str, Any] | None:
                 pass
         except OSError as error:
             raise OSError(f"run.dir must be writable: got {folder} ({error.strerror})") from None
-        keep.enter_context(lock_folder(folder))
+        keep.callback(lock_folder(folder).release, force=True)
         clear_leftovers(folder)
 
     first_alone(take)

@@ -25,8 +25,9 @@ from zeroi2v.cli import run
 from zeroi2v.config import RECIPES, ModelConfig
 from zeroi2v.data.pipeline import AugmentConfig
 from zeroi2v.drawing.figures import draw_confusion
+from zeroi2v.files import write_whole
 from zeroi2v.model.vit import VideoViT
-from zeroi2v.storage.checkpoint import read_config, write_whole
+from zeroi2v.storage.checkpoint import read_config
 from zeroi2v.storage.model_card import published_recipe
 from zeroi2v.train.config import RunConfig, load_config
 from zeroi2v.train.log import PLOTS, draw_plots, read_log

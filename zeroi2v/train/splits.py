@@ -28,7 +28,7 @@ from typing import Any
 
 from zeroi2v import evaluate
 from zeroi2v.cli import run
-from zeroi2v.storage.checkpoint import write_whole
+from zeroi2v.files import write_whole
 from zeroi2v.train.config import RunConfig, differences, load_config
 from zeroi2v.train.log import read_log
 from zeroi2v.train.prepare import read_samples, with_classes

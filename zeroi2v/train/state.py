@@ -7,22 +7,20 @@ it: their checksum is, and they come from where the run took them.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import random
 import shutil
-import time
 from enum import Enum
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from filelock import BaseFileLock, FileLock, Timeout
 
-from zeroi2v.storage.checkpoint import write_whole
+from zeroi2v.files import write_whole
 from zeroi2v.train.distributed import first_alone, gather, together
 from zeroi2v.train.engine import checksum, trained_weights
 
@@ -180,25 +178,20 @@ class StateFiles:
         return True
 
 
-def lock_folder(folder: Path, patience: float = 20.0) -> TextIO:
-    """Takes `folder` for this process, as long as it lives; returns what must be kept open.
+def lock_folder(folder: Path, patience: float = 20.0) -> BaseFileLock:
+    """Takes `folder` for this process, as long as the lock is not released and the process lives.
 
     Waits `patience` seconds for the rest of a killed run to end. Raises OSError if another run
     goes on in there.
     """
-    handle = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115
-    until = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return handle
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                return handle  # a file system without locks
-            if time.monotonic() > until:
-                handle.close()
-                raise OSError(f"run.dir must be free: another run is writing to {folder}") from None
-            time.sleep(0.5)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=patience, poll_interval=0.5)
+    except Timeout:
+        raise OSError(f"run.dir must be free: another run is writing to {folder}") from None
+    except NotImplementedError:  # a file system without locks
+        pass
+    return lock
 
 
 def clear_leftovers(folder: Path) -> None:
@@ -207,7 +200,7 @@ def clear_leftovers(folder: Path) -> None:
     for path in (*folder.glob(".last-*"), *folder.glob(".best-*"), *folder.glob("state/step_*")):
         if path.name != tag:
             shutil.rmtree(path)
-    for path in (*folder.glob(".*.tmp"), *folder.glob("state/.*.tmp")):
+    for path in (*folder.glob(".*.tmp*"), *folder.glob("state/.*.tmp*")):
         path.unlink()
 
 

@@ -176,9 +176,12 @@ def test_batch_run_writes_as_it_goes_and_resumes(place, tmp_path, capsys, monkey
     with open(out, "a") as file:
         file.write('{"model": "x", "pa')  # the moment it was killed
     asked = []
-    monkeypatch.setattr(
-        predict, "predict_each", lambda m, samples, k: asked.extend(samples) or real(m, samples, k)
-    )
+
+    def counted(model, samples, *args, **options):
+        asked.extend(samples)
+        return real(model, samples, *args, **options)
+
+    monkeypatch.setattr(predict, "predict_each", counted)
     assert run(*words) == 1  # one file is bad
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(lines) == 4 and len({line["path"] for line in lines}) == 4 and len(asked) == 2

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -92,7 +93,7 @@ def main(argv: list[str]) -> None:
                 say(yaml.safe_dump(config.to_dict(), sort_keys=False))
             job = together(lambda: prepare(config, device, None if args.dry_run else keep))
             with StopSignals() as signals:
-                status = estimate(job, signals) if args.dry_run else train(job, signals)
+                status = estimate(job, signals) if args.dry_run else Trainer(job, signals).run()
                 wait_for_all()
     finally:
         end_children()
@@ -119,181 +120,227 @@ class Progress:
     """For "train" and "val": name -> reason of every sample that could not be decoded."""
 
 
-def train(job: Job, signals: StopSignals) -> int:
-    """Runs `job` to its end, to a signal or to `run.max_steps`; returns the exit status."""
-    config, optim, device = job.config, job.config.optim, job.device
-    folder, is_first, started = Path(config.run.dir), dist.get_rank() == 0, time.time()
-    steps_per_epoch = job.loader.steps_per_epoch
-    total_steps = optim.epochs * steps_per_epoch
-    last_step = min(total_steps, config.run.max_steps or total_steps)
-    accumulation = optim.accumulation(dist.get_world_size())
-    dtype = DTYPES[optim.precision]
+class Trainer:
+    """A run: `run()` takes steps, and saves and validates when it is time to.
 
-    # What a resumed run must find unchanged, beside its config.
-    frozen = {n: p for n, p in job.model.named_parameters() if not p.requires_grad}
-    samples = "\n".join(repr(sample) for sample in job.samples)
-    identity = {
-        "model.backbone": checksum(frozen),
-        "data.train_list": zlib.crc32(samples.encode()),
-    }
-    # Models are saved from an fp32 twin: the engine's weights may be bf16 and spread out.
-    twin = copy.deepcopy(job.model) if is_first else None
-    engine = build_engine(job.model, optim, steps_per_epoch)
-    seed_dropout(config.run.seed)
-    progress = Progress()
-    if job.record is not None:
-        together(lambda: check_identity(job.record["identity"], identity))
-        together(lambda: load_state(engine, folder / "state", job.record))
-        progress = Progress(**job.record["progress"])
-        say(f"resumed     after step {progress.step}")
-    log = None
+    Every process has one, and all of them call each method at once.
+    """
 
-    def begin() -> None:
-        nonlocal log
-        write_whole(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
-        cut_log(folder, progress.step, progress.validated)
-        every, project = config.run.log_every, config.run.wandb
-        log = RunLog(folder, steps_per_epoch, optim.epochs, every, project, config.to_dict())
+    def __init__(self, job: Job, signals: StopSignals):
+        self.job, self.signals = job, signals
+        self.config, self.optim = job.config, job.config.optim
+        self.folder, self.started = Path(self.config.run.dir), time.time()
+        self.is_first = dist.get_rank() == 0
+        self.steps_per_epoch = job.loader.steps_per_epoch
+        self.total_steps = self.optim.epochs * self.steps_per_epoch
+        self.last_step = min(self.total_steps, self.config.run.max_steps or self.total_steps)
+        self.accumulation = self.optim.accumulation(dist.get_world_size())
+        self.dtype = DTYPES[self.optim.precision]
+        # What a resumed run must find unchanged, beside its config.
+        frozen = {n: p for n, p in job.model.named_parameters() if not p.requires_grad}
+        samples = "\n".join(repr(sample) for sample in job.samples)
+        self.identity = {
+            "model.backbone": checksum(frozen),
+            "data.train_list": zlib.crc32(samples.encode()),
+        }
+        # Models are saved from an fp32 twin: the engine's weights may be bf16 and spread out.
+        self.twin = copy.deepcopy(job.model) if self.is_first else None
+        self.engine = build_engine(job.model, self.optim, self.steps_per_epoch)
+        seed_dropout(self.config.run.seed)
+        self.progress, self.has_begun = Progress(), False
+        self.num_bad = 0
+        """Bad training files that have been reported, over all processes."""
+        self.log: RunLog | None = None
+        if job.record is not None:
+            self._resume(job.record)
 
-    has_begun = job.record is not None
-    if has_begun:
-        first_alone(begin)
+    def _resume(self, record: dict[str, Any]) -> None:
+        together(lambda: check_identity(record["identity"], self.identity))
+        together(lambda: load_state(self.engine, self.folder / "state", record))
+        self.progress = Progress(**record["progress"])
+        say(f"resumed     after step {self.progress.step}")
+        self._begin()
 
-    def save() -> None:
+    def _begin(self) -> None:
+        """Makes the folder that of a run: a start that fails before its first step leaves none."""
+        progress, run = self.progress, self.config.run
+
+        def write() -> None:
+            text = yaml.safe_dump(self.config.to_dict(), sort_keys=False)
+            write_whole(self.folder / "config.yaml", text)
+            cut_log(self.folder, progress.step, progress.validated)
+            self.log = RunLog(
+                self.folder, self.steps_per_epoch, self.optim.epochs, run.log_every, run.wandb,
+                self.config.to_dict(),
+            )  # fmt: skip
+
+        first_alone(write)
+        self.has_begun = True
+
+    def run(self) -> int:
+        """Goes on to the end, to a signal or to `run.max_steps`; returns the exit status."""
+        progress, run = self.progress, self.config.run
+        saved_step, stop = progress.step, 0
+        batches = micro_batches(self.job, progress.step, self.signals)
+        while True:
+            epoch, rest = divmod(progress.step, self.steps_per_epoch)
+            done = progress.step >= self.last_step
+            save_due = rest == 0 or progress.step % (run.save_every or self.total_steps) == 0
+            if (save_due or done or stop) and saved_step != progress.step:
+                self.save()
+                saved_step = progress.step
+            if stop:
+                break
+            at_end = progress.step == self.total_steps
+            val_due = at_end or (rest == 0 and epoch % run.val_every == 0)
+            if self.job.val_loader is not None and val_due and progress.validated < progress.step:
+                stop = self.validate()
+                if stop:
+                    break
+                self.save()
+            if done:
+                break
+            stop = self.step(batches)
+        batches.close()
+        self.engine.destroy()
+        self._finish(stop)
+        return 128 + stop if stop else 0
+
+    def step(self, batches: Iterator[Batch]) -> int:
+        """One optimizer step, of `accumulation` micro-batches; returns the signal to stop at, or 0.
+
+        Loss and signals are shared while the last backward pass runs. Raises ValueError, and keeps
+        what is needed to see why, if the loss is not finite or has exploded.
+        """
+        engine, progress, job = self.engine, self.progress, self.job
+        begun, waited = time.perf_counter(), 0.0
+        lr, losses = max(engine.get_lr()), []
+        for number in range(1, self.accumulation + 1):
+            if losses:
+                engine.step()  # the weights stay as they are until the last forward pass
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            video = batch.video.squeeze(1).to(job.device, self.dtype, non_blocking=True)
+            target = batch.target.to(job.device, non_blocking=True)
+            logits = engine(video).float()
+            loss = F.cross_entropy(logits, target, label_smoothing=self.optim.label_smoothing)
+            losses.append(loss.detach())
+            if number == self.accumulation:  # it is there before this backward pass has ended
+                mean = read_later(torch.stack(losses).mean())
+            engine.backward(loss)
+        loss, stop, num_bad = share(mean(), self.signals, job.loader)
+        if is_bad(loss):
+            parts, weights = [x.item() for x in losses], trained_weights(engine)
+            at = progress.step + 1
+            stop_diverged(engine.module, job, self.twin, weights, at, parts, self.dtype)
+        if not self.has_begun:
+            self._begin()
+        update(engine)
+        progress.step += 1
+        if num_bad != self.num_bad:
+            self.report_bad_files("train", job.loader, job.samples)
+            self.num_bad = num_bad
+        if self.log is not None:
+            seconds = time.perf_counter() - begun
+            try:
+                self.log.step(progress.step, self.optim.batch_size, loss=loss, lr=lr,
+                              seconds=seconds, waited=waited)  # fmt: skip
+            except OSError as error:
+                raise OSError(f"{self.folder} can't be written ({error.strerror})") from None
+        return stop
+
+    def save(self) -> None:
         """Writes `last/`, and `state/` to resume from."""
-        weights = trained_weights(engine)
+        weights, progress = trained_weights(self.engine), self.progress
         together(lambda: check_weights(weights, progress.step))
-        first_alone(lambda: save_model(twin, weights, folder / "last"))
+        first_alone(lambda: save_model(self.twin, weights, self.folder / "last"))
         record = {
             "step": progress.step,
             "validated": progress.validated,
             "world_size": dist.get_world_size(),
             "threads": torch.get_num_threads(),
-            "identity": identity,
+            "identity": self.identity,
             "trained": checksum(weights),
             "progress": asdict(progress),
         }
-        save_state(engine, folder / "state", record)
+        save_state(self.engine, self.folder / "state", record)
 
-    def validate() -> int:
+    def validate(self) -> int:
         """Measures accuracy; writes `eval.json`, and `best/` if it is the best so far.
 
         Returns 0, or the signal that cut it short; the state is saved already then.
         """
-        parts = gather((predict(engine.module, job, dtype, signals), signals.received))
+        job, progress = self.job, self.progress
+        probs = predict(self.engine.module, job, self.dtype, self.signals)
+        parts = gather((probs, self.signals.received))
         if any(part is None for part, _ in parts):
             return max(received for _, received in parts)
         index, probs = (torch.cat(part) for part in zip(*(p for p, _ in parts), strict=True))
         labels = torch.tensor([sample.label for sample in job.val_samples])[index]
-        report_bad_files("val", job.val_loader, job.val_samples)
+        self.report_bad_files("val", job.val_loader, job.val_samples)
         figures = together(lambda: metrics(probs, labels))
         progress.validated, progress.top1 = progress.step, figures["top1"]
         improved = progress.best_top1 is None or progress.top1 > progress.best_top1
         if improved:
             progress.best_top1, progress.best_step = progress.top1, progress.step
-            weights = trained_weights(engine)
+            weights = trained_weights(self.engine)
         best = {"best_step": progress.best_step, "best_top1": progress.best_top1}
         text = json.dumps({"step": progress.step, **best, **figures})
 
         def write() -> None:
             if improved:
-                save_model(twin, weights, folder / "best", {"eval.json": text})
-            log.validation(progress.step, **{k: figures[k] for k in ("top1", "top5", "mean_class")})
-            write_whole(folder / "eval.json", text + "\n")
+                save_model(self.twin, weights, self.folder / "best", {"eval.json": text})
+            shown = {k: figures[k] for k in ("top1", "top5", "mean_class")}
+            self.log.validation(progress.step, **shown)
+            write_whole(self.folder / "eval.json", text + "\n")
 
         first_alone(write)
         best = f"best {progress.best_top1:.2f} after step {progress.best_step}"
         say(f"validation  top-1 {progress.top1:.2f} % after step {progress.step} ({best})")
         return 0
 
-    def report_bad_files(kind: str, loader: ClipLoader | ViewLoader, samples: list[Sample]) -> None:
+    def report_bad_files(
+        self, kind: str, loader: ClipLoader | ViewLoader, samples: list[Sample]
+    ) -> None:
         """Names each undecodable video, or part of one, once; too many of them end the run."""
-        known, total = progress.bad_files[kind], len(samples)
+        data, known, total = self.config.data, self.progress.bad_files[kind], len(samples)
         found = {name: reason for part in gather(loader.bad_files) for name, reason in part.items()}
         new = {name: reason for name, reason in found.items() if name not in known}
         if new:
-            together(lambda: check_root(config.data))
+            together(lambda: check_root(data))
         known |= new
         for number, reason in enumerate(new.values(), len(known) - len(new) + 1):
             say(f"bad file    {reason} ({kind}: {number} of {total} videos)")
         if new:
-            lines = [f"{k}: {r}\n" for k, bad in progress.bad_files.items() for r in bad.values()]
-            first_alone(lambda: write_whole(folder / "bad_files.txt", "".join(lines)))
+            by_kind = self.progress.bad_files.items()
+            lines = [f"{k}: {reason}\n" for k, bad in by_kind for reason in bad.values()]
+            first_alone(lambda: write_whole(self.folder / "bad_files.txt", "".join(lines)))
         bad = {i: known[s.name] for i, s in enumerate(samples) if s.name in known}
-        together(lambda: check_bad_files(bad, total, config.data.max_bad_fraction))
+        together(lambda: check_bad_files(bad, total, data.max_bad_fraction))
 
-    saved_step, num_bad, stop = progress.step, 0, 0
-    batches = micro_batches(job, progress.step, signals)
-    while True:
-        epoch, rest = divmod(progress.step, steps_per_epoch)
-        done = progress.step >= last_step
-        save_due = rest == 0 or progress.step % (config.run.save_every or total_steps) == 0
-        if (save_due or done or stop) and saved_step != progress.step:
-            save()
-            saved_step = progress.step
-        if stop:
-            break
-        val_due = progress.step == total_steps or (rest == 0 and epoch % config.run.val_every == 0)
-        if job.val_loader is not None and val_due and progress.validated < progress.step:
-            stop = validate()
-            if stop:
-                break
-            save()
-        if done:
-            break
-
-        begun, waited = time.perf_counter(), 0.0
-        lr, losses = max(engine.get_lr()), []
-        for number in range(1, accumulation + 1):
-            if losses:
-                engine.step()  # the weights stay as they are until the last forward pass
-            asked = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - asked
-            video = batch.video.squeeze(1).to(device, dtype, non_blocking=True)
-            target = batch.target.to(device, non_blocking=True)
-            logits = engine(video).float()
-            loss = F.cross_entropy(logits, target, label_smoothing=optim.label_smoothing)
-            losses.append(loss.detach())
-            if number == accumulation:  # it is there before this backward pass has ended
-                mean = read_later(torch.stack(losses).mean())
-            engine.backward(loss)
-        loss, stop, bad = share(mean(), signals, job.loader)
-        if is_bad(loss):
-            parts = [x.item() for x in losses]
-            weights = trained_weights(engine)
-            stop_diverged(engine.module, job, twin, weights, progress.step + 1, parts, dtype)
-        if not has_begun:  # a start that fails before its first step leaves no run
-            first_alone(begin)
-            has_begun = True
-        update(engine)
-        progress.step += 1
-        if bad != num_bad:
-            report_bad_files("train", job.loader, job.samples)
-            num_bad = bad
-        if log is not None:
-            seconds = time.perf_counter() - begun
-            try:
-                log.step(progress.step, optim.batch_size, loss=loss, lr=lr, seconds=seconds,
-                         waited=waited)  # fmt: skip
-            except OSError as error:
-                raise OSError(f"{folder} can't be written ({error.strerror})") from None
-    batches.close()
-    engine.destroy()
-    finished = progress.step == total_steps and not stop
-    if not finished:
-        say(f"stopped     after step {progress.step} of {total_steps}, saved: "
-            "go on with the same command and run.resume=true")  # fmt: skip
-    if is_first:
-        log.close()
+    def _finish(self, stop: int) -> None:
+        """Says how the run ended, in words and, last, as a line of JSON; writes the report."""
+        progress = self.progress
+        finished = progress.step == self.total_steps and not stop
+        if not finished:
+            say(f"stopped     after step {progress.step} of {self.total_steps}, saved: "
+                "go on with the same command and run.resume=true")  # fmt: skip
+        if not self.is_first:
+            return
+        self.log.close()
         if not stop:  # who sends a signal is in a hurry
-            write_report(folder)
-            say_result(progress, folder, finished)
-        summary = {"steps": progress.step, "finished": finished, "top1": progress.top1,
-                   "best_top1": progress.best_top1, "seconds": round(time.time() - started, 1),
-                   "dir": str(folder)}  # fmt: skip
+            write_report(self.folder)
+            say_result(progress, self.folder, finished)
+        summary = {
+            "steps": progress.step,
+            "finished": finished,
+            "top1": progress.top1,
+            "best_top1": progress.best_top1,
+            "seconds": round(time.time() - self.started, 1),
+            "dir": str(self.folder),
+        }
         print(json.dumps(summary), flush=True)
-    return 128 + stop if stop else 0
 
 
 def say_result(progress: Progress, folder: Path, finished: bool) -> None:

@@ -23,7 +23,7 @@ PACKAGES = (
     "torch triton flash-attn deepspeed av transformers timm open_clip_torch torchcodec decord"
 ).split()
 MATRIX = {"cpu": 2048, "cuda": 8192}
-"""Rows and columns of the large matmul."""
+"""Rows and columns of the large matmul, if it fits into the time."""
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
 COPY_BYTES = 2**29
 """Size of the large copy, beyond every cache."""
@@ -56,12 +56,18 @@ def ceilings(seconds: float = 2.0) -> dict[str, float]:
     PyTorch carries (see `zeroi2v.model.linear`). A copy counts what it reads and what it writes.
     float32 is as PyTorch computes it unasked, without TF32.
     """
-    where, size = device(), MATRIX[device()]
-    found = {}
+    where, found = device(), {}
     for dtype in DTYPES[where]:
-        a, b = (torch.randn(size, size, device=where).to(getattr(torch, dtype)) for _ in range(2))
-        products = (partial(torch.mm, a, b), partial(linear, a, b, a.new_zeros(size)))
-        best = min(_best(product, where, seconds) for product in products)
+        size, best = 256, 0.0
+        while True:  # some CPUs multiply bfloat16 a thousand times as slowly as others
+            a, b = (
+                torch.randn(size, size, device=where).to(getattr(torch, dtype)) for _ in range(2)
+            )
+            products = (partial(torch.mm, a, b), partial(linear, a, b, a.new_zeros(size)))
+            best = min(_best(product, where, seconds) for product in products)
+            if size >= MATRIX[where] or 8 * best > seconds:
+                break
+            size *= 2
         found[dtype] = 2 * size**3 / best
     source = torch.ones(COPY_BYTES, dtype=torch.int8, device=where)
     target = torch.empty_like(source)

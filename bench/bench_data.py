@@ -21,6 +21,7 @@ import torch
 from av.video.reformatter import VideoReformatter
 
 from bench.cases import parameters
+from tests.videos import ordinary_priority
 from zeroi2v import RECIPES, VideoViT
 from zeroi2v.config import ModelConfig, PreprocessConfig
 from zeroi2v.data.annotations import Sample
@@ -55,7 +56,7 @@ def encode(path: Path, codec: str, gop: int, frames: int = FRAMES, size=(HEIGHT,
     picture = np.kron(rng.integers(256, size=shape), np.ones((8, 8, 1), int))
     for axis in (0, 1):  # as soft as a photograph
         picture = sum(np.roll(picture, i, axis) for i in range(8)) // 8
-    with av.open(str(path), "w") as container:
+    with ordinary_priority(), av.open(str(path), "w") as container:
         stream = container.add_stream(encoder, rate=30, options=options)
         stream.height, stream.width = size
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"

@@ -1,5 +1,6 @@
 """Packets are not frames: number, frame i and parts in seconds are one truth however asked."""
 
+import os
 from pathlib import Path
 
 import av
@@ -140,7 +141,9 @@ def test_hidden_frames_are_told_within_packets_and_in_their_own(clips, tmp_path)
 
 
 def test_units_of_av1_show_one_frame_each(tmp_path):
+    priority = os.sched_getscheduler(0)
     path = write_numbered(tmp_path / "v.mkv", 40, "libsvtav1", g="16", preset="12")
+    assert os.sched_getscheduler(0) == priority
     packets = packets_of(path)
     assert [shown_frames("av1", data) for data, *_ in packets] == [1] * 40
     assert assert_one_truth(path, tmp_path / "cache") == 40

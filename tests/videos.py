@@ -1,5 +1,8 @@
 """Small videos made on the spot, whose frames tell their own number."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -25,6 +28,19 @@ def read_number(image: np.ndarray) -> int:
     return sum(1 << bit for bit, value in enumerate(middles) if value > 128)
 
 
+@contextmanager
+def ordinary_priority() -> Iterator[None]:
+    """Within, SVT-AV1 may do as it likes: as root it makes this process a real-time one, for good.
+
+    All others would starve beside it, and wait for it in vain.
+    """
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, *before)
+
+
 def write_video(
     path: Path,
     images: list[np.ndarray],
@@ -33,7 +49,7 @@ def write_video(
     **options: str,
 ) -> str:
     """Encodes RGB images at 30 frames a second, or at the given `times` in ticks of 1/90000 s."""
-    with av.open(str(path), "w") as container:
+    with ordinary_priority(), av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=30, options=options)
         stream.height, stream.width = images[0].shape[:2]
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"

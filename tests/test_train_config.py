@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from zeroi2v.config import RECIPES
-from zeroi2v.train.config import differences, load_config
+from zeroi2v.train.config import differences, find_config, load_config
 
 CONFIGS = Path(__file__).parents[1] / "zeroi2v" / "train" / "configs"
 
@@ -187,3 +187,15 @@ def test_another_image_size_alone_changes_the_sizes_of_videos_with_it(tmp_path):
     assert (pixels.val_short_side, pixels.test_short_side) == (128, 112)
     word = "model.preprocess.val_short_side=120"
     assert load_config(tmp_path / "config.yaml", [word]).model.preprocess.val_short_side == 120
+
+
+def test_a_recipe_is_found_by_its_name_beside_a_folder_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()  # as the demo makes it
+    assert find_config("demo") == CONFIGS / "demo.yaml"
+    (tmp_path / "mine.yaml").touch()
+    (tmp_path / "plain").touch()
+    for name in ("mine.yaml", "plain", "nowhere.yaml"):
+        assert find_config(name) == Path(name)
+    with pytest.raises(ValueError, match="unknown config 'vit_b16_k400': did you mean vit_b16_k"):
+        find_config("vit_b16_k400")

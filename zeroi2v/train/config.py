@@ -283,7 +283,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 def find_config(name: str | Path) -> Path:
     """The file of that path, or of that name in `configs/`. Raises ValueError for neither."""
     path, ours = Path(name), CONFIGS / f"{name}.yaml"
-    if path.suffix or path.exists():
+    if path.suffix or path.is_file():
         return path
     if not ours.is_file():
         names = sorted(file.stem for file in CONFIGS.glob("*.yaml"))

@@ -1,4 +1,4 @@
-"""The DALI graph: from what a worker hands over (`source.py`) to normalised clips.
+"""The DALI graph: from what a worker hands over (`clip_worker.py`) to normalised clips.
 
 The same operators on both devices; pixels stay uint8 until the last kernel.
 """

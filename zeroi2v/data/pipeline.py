@@ -1,8 +1,8 @@
 """Batches of training clips: one DALI graph for both devices, fed by workers that decode by PyAV.
 
-A worker (`source.py`) chooses frames, draws the augmentation, and decodes; on a GPU it may leave
-decoding to DALI and hand over the packets that the frames are in (`gop.py`). The graph (`graph.py`)
-resizes, augments and normalises, on the CPU or on the GPU, with the same operators.
+A worker (`clip_worker.py`) chooses frames, draws the augmentation, and decodes; on a GPU it may
+leave decoding to DALI and hand over the packets that the frames are in (`gop.py`). The graph
+(`graph.py`) resizes, augments and normalises, on the CPU or on the GPU, with the same operators.
 """
 
 from __future__ import annotations

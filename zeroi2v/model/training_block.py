@@ -9,7 +9,7 @@ adapters most of what it does need is cheap to compute again. Kept, in widths C 
     `recompute`   x and the last bottleneck                                                = 1.25
 
 and without dropout no bottleneck of an adapter that is merged into its layer for the forward: 11
-in `lean`. PyTorch's autograd keeps 18 of the block in `model.py`, and 22 with QuickGELU written as
+in `lean`. PyTorch's autograd keeps 18 of the block in `vit.py`, and 22 with QuickGELU written as
 in CLIP. Never kept: normalised inputs and their statistics, adapted inputs, the activation (only a
 trained fc2 would need it), dropout masks (a seed gives them again), and the projection's output,
 which its adapter reads (see `adapter_linear.py`).

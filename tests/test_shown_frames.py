@@ -6,11 +6,12 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from videos import write_numbered
+from field_coded import write_field_coded
+from videos import read_number, write_numbered
 
 from zeroi2v.data.annotations import Sample
 from zeroi2v.data.bitstream import _vp9_frames, _vp9_shows, shown_frames
-from zeroi2v.data.decode import DecodeError, read_frames
+from zeroi2v.data.decode import DecodeError, frame_times, read_frames
 from zeroi2v.data.frame_cache import read_sample
 from zeroi2v.data.gop import DALI_CPU, Cut
 from zeroi2v.data.manifest import inspect_video
@@ -57,6 +58,7 @@ def assert_one_truth(path, folder: Path) -> int:
     facts = inspect_video(str(path), "x")
     assert facts.frames == count and facts.error is None
     assert facts.last == pytest.approx(times[-1], abs=2e-3)
+    assert frame_times(path) == pytest.approx(times, abs=2e-3)
     for i in range(count):
         same(read_frames(path, choose([i])), [i], f"frame {i} alone")
         assert asked[-1] == count, f"frame {i} alone"
@@ -171,3 +173,31 @@ def test_a_file_cut_at_any_packet_gives_one_truth(tmp_path, codec, options):
         path = remux(source, tmp_path / f"{first}.{suffix}", packets[first:])
         counts.add(assert_one_truth(path, tmp_path / f"cache{first}"))
     assert len(counts) >= 2
+
+
+FIELD_CODED = [
+    (suffix, packet_of, stamped)
+    for suffix in ("mp4", "mov", "mkv", "ts", "avi")
+    for packet_of, stamped in (("field", "both"), ("field", "first"), ("frame", "both"))
+    if (suffix, stamped) != ("mkv", "first")  # Matroska has a time stamp in every packet
+]
+
+
+@pytest.mark.parametrize(("suffix", "packet_of", "stamped"), FIELD_CODED)
+def test_two_fields_are_one_frame(tmp_path, suffix, packet_of, stamped):
+    path = tmp_path / f"v.{suffix}"
+    write_field_coded(path, 13, packet_of=packet_of, stamped=stamped)
+    split = packet_of == "field" or suffix == "ts"  # FFmpeg takes frames in TS apart
+    assert len(packets_of(str(path))) == (26 if split else 13)
+    assert [read_number(image) for image in whole(path)[0]] == list(range(13))
+    assert assert_one_truth(path, tmp_path / "cache") == 13
+    facts = inspect_video(str(path), "x")
+    assert not facts.vfr
+    if suffix != "avi":  # its header counts ticks of the clock
+        assert facts.header_frames in (0, 13)
+
+
+def test_parts_of_field_coded_video_are_measured_in_frames(tmp_path):
+    path = write_field_coded(tmp_path / "v.mp4", 13)  # 0.52 s
+    frames = read_frames(path, np.arange, start=0.24, end=0.52)
+    assert [read_number(image) for image in frames] == [6, 7, 8, 9, 10, 11, 12]

@@ -23,6 +23,7 @@ import os
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -83,7 +84,8 @@ class Index:
     shown: list[int]
     """Packets that become frames, in order of their time stamps (of the file without any)."""
     times: np.ndarray
-    """Times of those frames in seconds, the first at 0."""
+    """Times of those frames in seconds, the first at 0; of the decoded ones where these are known
+    and the file is not `seekable`."""
     frame_rate: float
     """Frames a second, by the header; 25 where it says nothing."""
     seekable: bool
@@ -115,7 +117,7 @@ def read_frames(
     `MAX_PIXELS`, or takes longer than `timeout` seconds.
     """
     path, limit = os.fspath(path), Limit(timeout)
-    try:
+    with _named(path, timeout):
         container, stream = open_video(path, limit, err_detect="explode")
         with container:
             index = known_index(path, container, stream, limit)
@@ -131,6 +133,13 @@ def read_frames(
                 except (Surprise, av.FFmpegError):
                     pass
         return _decode_in_order(path, index, frames, choose, start, end, limit)
+
+
+@contextmanager
+def _named(path: str, timeout: float | None) -> Iterator[None]:
+    """Every error within becomes a DecodeError that names the file."""
+    try:
+        yield
     except DecodeError as error:
         raise DecodeError(f"{path}: {error}") from None
     except (av.FFmpegError, OSError) as error:
@@ -201,15 +210,15 @@ def known_index(path: str, container, stream, limit: Limit) -> Index:
 
 
 def read_index(container, stream, limit: Limit) -> Index:
-    """Reads all packets; of the frames, only the first is decoded."""
+    """Reads all packets; of the frames, only the first is decoded, and the one after it."""
     pts, dts, is_key, is_shown = [], [], [], []
-    name, damaged, orientation = stream.codec_context.codec.canonical_name, False, UPRIGHT
+    name, damaged, head = stream.codec_context.codec.canonical_name, False, []
     try:
         for packet in container.demux(stream):
             limit.check()
             if packet.size:
-                if not pts and packet.is_keyframe:
-                    orientation = _orientation_of(stream.codec_context, packet)
+                if len(pts) < 2 and (head or packet.is_keyframe):
+                    head.append(packet)
                 pts.append(packet.pts)
                 dts.append(packet.dts)
                 is_key.append(packet.is_keyframe)
@@ -239,17 +248,51 @@ def read_index(container, stream, limit: Limit) -> Index:
     # Frames shown before the first keyframe but stored after it may be decoded or not.
     leading = complete and pts[first] is not None and pts[shown[0]] < pts[first]
     seekable = complete and not damaged and not leading and is_entry[first] and name in codecs
+    frames, orientation = _frames_of(stream.codec_context, head), UPRIGHT
+    if frames:
+        orientation = orientation_of(frames[0]) or UPRIGHT
+        in_fields = name == "h264" and len(frames) < len(head)  # each packet is half of a frame
+        seekable = seekable and not in_fields and not frames[0].interlaced_frame
     return Index(pts, dts, is_key, is_entry, shown, times, frame_rate, seekable, orientation)
 
 
-def _orientation_of(codec, key: av.Packet) -> Orientation:
-    """Of the frame of a keyframe, upright if it can't be decoded."""
+def _frames_of(codec, packets: list[av.Packet]) -> list[av.VideoFrame]:
+    """The frames of packets from a keyframe on, up to the first error."""
+    frames = []
     try:
-        frames = [*codec.decode(key), *codec.decode(None)]
+        for packet in [*packets, None]:
+            frames += codec.decode(packet)
     except av.FFmpegError:
-        frames = []
+        pass
     codec.flush_buffers()
-    return next((orientation_of(frame) for frame in frames), None) or UPRIGHT
+    return frames
+
+
+def frame_times(path: str | os.PathLike, timeout: float | None = None) -> np.ndarray:
+    """When the frames of a video are shown, in seconds from the first, float64 [frames].
+
+    Read from the packets where they are known to be frames, else all is decoded once. Raises
+    DecodeError as `read_frames` does.
+    """
+    path, limit = os.fspath(path), Limit(timeout)
+    with _named(path, timeout):
+        container, stream = open_video(path, limit)
+        with container:
+            index = known_index(path, container, stream, limit)
+        if not index.seekable:
+            container, stream = open_video(path, limit)
+            with container:
+                index.times = _decoded_times(container, stream, index, limit)
+        return index.times
+
+
+def _decoded_times(container, stream, index: Index, limit: Limit) -> np.ndarray:
+    """Times of the frames that a decode gives; those of the packets if it ends with an error."""
+    try:
+        stamps = [frame.pts for frame in all_frames(container, stream, limit)]
+    except av.FFmpegError:
+        return index.times
+    return times_of(stamps, float(stream.time_base), index) if stamps else index.times
 
 
 def _window(times: np.ndarray, start: float | None, end: float | None) -> tuple[int, int]:
@@ -382,15 +425,17 @@ def _decode_in_order(
                     reason = f"damaged after frame {len(stamps)}: {error.strerror}"
                     raise DecodeError(reason) from None
                 return _pack(frames, indices)
-            own = _times_of(stamps, float(stream.time_base), index)
+            own = times_of(stamps, float(stream.time_base), index)
         if len(own) == len(times) and (not is_part or np.abs(own - times).max() < 1e-3):
             return _pack(frames, indices)
         if not len(own):
             raise DecodeError("contains no frame")
         times, known = own, None
+        if not index.seekable:
+            index.times = own  # the next part of the file need not find it out again
 
 
-def _times_of(stamps: list[int | None], time_base: float, index: Index) -> np.ndarray:
+def times_of(stamps: list[int | None], time_base: float, index: Index) -> np.ndarray:
     """Times of all frames of a file in seconds, the first at 0, by their time stamps."""
     if None in stamps or any(b <= a for a, b in pairwise(stamps)):
         return _evenly(len(stamps), index)

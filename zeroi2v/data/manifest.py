@@ -17,7 +17,7 @@ import av
 import numpy as np
 
 from zeroi2v.data.annotations import Sample
-from zeroi2v.data.decode import DecodeError, Limit, all_frames, open_video, read_index
+from zeroi2v.data.decode import DecodeError, Limit, all_frames, open_video, read_index, times_of
 from zeroi2v.data.frame_folder import read_frame_folder
 from zeroi2v.data.orientation import oriented
 
@@ -111,11 +111,9 @@ def _inspect_file(path: str, facts: VideoFacts, limit: Limit) -> None:
         facts.hdr = int(codec.color_trc) in _HDR
         index = read_index(container, stream, limit)
         facts.keyframes, facts.last = sum(index.is_key), round(float(index.times[-1]), 3)
-        gaps = np.diff(index.times)
-        if None not in index.pts and len(gaps):
-            facts.vfr = bool(np.ptp(gaps) > max(2.5 * stream.time_base, 0.02 * np.median(gaps)))
+        if None not in index.pts:
             facts.open_gop = _has_leading_frames(index.pts, index.is_key)
-    facts.frames, size = 0, None
+    facts.frames, size, stamps, fields = 0, None, [], 0
     container, stream = open_video(path, limit)
     with container:
         try:
@@ -127,11 +125,19 @@ def _inspect_file(path: str, facts: VideoFacts, limit: Limit) -> None:
                 if size != (frame.width, frame.height):
                     raise DecodeError(f"changes its frames at frame {facts.frames}")
                 facts.frames += 1
+                stamps.append(frame.pts)
+                fields += 2 if frame.interlaced_frame else 1
         except av.FFmpegError as error:
             reason = f"damaged after frame {facts.frames}: {error.strerror}"
             raise DecodeError(reason) from None
     if not facts.frames:
         raise DecodeError("contains no frame")
+    if facts.header_frames == len(index.pts) == fields:
+        facts.header_frames = facts.frames  # packets of one field each, all of them there
+    times = times_of(stamps, float(stream.time_base), index)
+    facts.last, gaps = round(float(times[-1]), 3), np.diff(times)
+    if None not in stamps and len(gaps):
+        facts.vfr = bool(np.ptp(gaps) > max(2.5 * stream.time_base, 0.02 * np.median(gaps)))
 
 
 def _has_leading_frames(pts: list[int], is_key: list[bool]) -> bool:

@@ -8,12 +8,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 from torch import nn
 
 from zeroi2v.data.annotations import Sample
-from zeroi2v.data.decode import DecodeError, Limit, known_index, open_video
+from zeroi2v.data.decode import frame_times
 from zeroi2v.drawing.figures import save_figure
 from zeroi2v.inference import predict_each
 
@@ -75,21 +74,6 @@ def timeline(
         "stride": round(stride, 3),
         "windows": windows,
     }
-
-
-def frame_times(path: str) -> np.ndarray:
-    """Times of the frames of a video, in seconds from the first; from its packets, not decoded.
-
-    Raises ValueError if there is no such video.
-    """
-    limit = Limit(None)
-    try:
-        container, stream = open_video(path, limit)
-        with container:
-            return known_index(path, container, stream, limit).times
-    except (DecodeError, av.FFmpegError, OSError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ValueError(f"{path}: {reason}") from None
 
 
 def window_spans(

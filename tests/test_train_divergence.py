@@ -77,6 +77,22 @@ def test_arithmetic_without_weights_is_named_by_its_module():
     assert layer_named(model, video) == "transformer.resblocks.1.attn.in_adapter"
 
 
+@pytest.mark.parametrize("layer", ["mlp.c_fc", "attn.out_proj", "mlp.c_proj"])
+def test_layer_that_leaves_the_range_of_fp16_is_named_and_bf16_has_room_for_it(layer):
+    model, video = planted("head.bias")
+    name = f"transformer.resblocks.1.{layer}"
+    with torch.no_grad():
+        model.head.bias.zero_()
+        model.get_parameter(f"{name}.bias").fill_(70000.0)
+    assert torch.finfo(torch.float16).max < 70000.0
+    logits, layers = watch(model.to(torch.bfloat16), video.to(torch.bfloat16))
+    assert logits.isfinite().all()
+    model, inf = model.half(), float("inf")
+    _, layers = watch(model, video.half())
+    assert first_bad(layers, pixels_finite=True) == name and layers[name] == inf
+    assert "try optim.precision=bf16" in remedy(layers[name], torch.float16, False)
+
+
 def test_another_precision_is_offered_where_fp16_overflows():
     inf = float("inf")
     assert "try optim.precision=bf16" in remedy(inf, torch.float16, False)

@@ -5,7 +5,7 @@ import torch
 from rounding import assert_within_budget
 from torch.utils.flop_counter import FlopCounterMode
 from triton_ops import DEVICE, poisoned
-from zeroi2v_kernels import adapter_linear as module
+from zeroi2v_kernels import choice
 from zeroi2v_kernels.adapter_linear import (
     Adapter,
     Dropout,
@@ -17,7 +17,6 @@ from zeroi2v_kernels.adapter_linear import (
     adapter_linear_reference,
     dropout_mask,
     merge,
-    merging_pays,
 )
 
 # The four places of a block of width 32: features in and out, whether the adapter comes after.
@@ -33,7 +32,7 @@ FEW, MANY = 20, 300  # rows; from many on merging pays
 @pytest.fixture
 def on_kernels(monkeypatch):
     """The GPU's path, in Triton's interpreter."""
-    monkeypatch.setattr(module, "uses_kernels", lambda x: True)
+    monkeypatch.setattr(choice, "uses_kernels", lambda x: True)
 
 
 def make(place, rows, dtype=torch.float64, rank=16, scale=0.5, seed=0):
@@ -111,7 +110,7 @@ def test_fused_kernel_equals_two_products(monkeypatch, rank, dropout):
     tensors = [torch.randn(s, generator=generator).bfloat16().to(DEVICE) for s in shapes]
     x, residual, adapter = tensors[0], tensors[1].float(), Adapter(*tensors[2:], 0.5)
     drop = Dropout(dropout, torch.tensor(3, device=DEVICE) if dropout else None, place=2)
-    monkeypatch.setattr(module, "uses_kernels", lambda x: True)
+    monkeypatch.setattr(choice, "uses_kernels", lambda x: True)
     with poisoned():
         fused = [*adapt(x, adapter, drop, residual), *adapt_grad(x, adapter, drop)]
     monkeypatch.setattr("zeroi2v_kernels.adapter_linear_triton.takes", lambda *_: False)
@@ -125,7 +124,7 @@ def test_fused_kernel_equals_two_products(monkeypatch, rank, dropout):
 
 @pytest.mark.parametrize("kernels", [False, True])
 def test_dropout_depends_on_seed_and_place_alone(monkeypatch, kernels):
-    monkeypatch.setattr(module, "uses_kernels", lambda x: kernels)
+    monkeypatch.setattr(choice, "uses_kernels", lambda x: kernels)
     like = torch.empty(400, 48, device=DEVICE)
     draws = [
         dropout_mask(like, Dropout(0.25, torch.tensor(seed, device=DEVICE), place))
@@ -143,9 +142,11 @@ def test_dropout_depends_on_seed_and_place_alone(monkeypatch, kernels):
 
 def test_philox_gives_the_published_numbers():
     """Masks are Philox4x32 with 7 rounds of (row, column, place), keyed by the seed."""
+    from zeroi2v_kernels.adapter_linear_triton import dropout
+
     seed, place, dropped = 0x1234567890ABCDEF, 3, 2**15
     ones = torch.ones(5, 20, device=DEVICE)
-    mask = module._triton().dropout(ones, dropped, torch.tensor(seed, device=DEVICE), place)
+    mask = dropout(ones, dropped, torch.tensor(seed, device=DEVICE), place)
     for row in range(5):
         for column in (0, 7, 19):
             first = philox(row, column, place, 0, seed)
@@ -190,9 +191,9 @@ def test_merging_happens_where_it_saves_work_and_only_without_dropout():
                 source = tensors[0] if source is None else source
                 backward._init_fn(out, source, d, *tensors[1:], None, 0.5, after, 0.0)
             counted[merged] = counter.get_total_flops()
-        assert merging_pays(MANY, frozen[0]) == (place != "after fc2")
-        assert (counted[True] < counted[False]) == merging_pays(MANY, frozen[0])
-        assert not merging_pays(FEW, frozen[0])
+        assert choice.merging_pays(MANY, frozen[0]) == (place != "after fc2")
+        assert (counted[True] < counted[False]) == choice.merging_pays(MANY, frozen[0])
+        assert not choice.merging_pays(FEW, frozen[0])
 
 
 @pytest.mark.parametrize("place", PLACES)

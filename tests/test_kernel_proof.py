@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-from importlib import import_module
 
 import pytest
 import torch
@@ -12,8 +11,8 @@ from triton_ops import DEVICE
 pytest.importorskip("triton", reason="needs triton")
 from zeroi2v_kernels import (
     activation,
-    adapter_linear,
     adapter_linear_triton,
+    choice,
     norm,
     proof,
     shipped,
@@ -33,7 +32,7 @@ def unproven(monkeypatch, tmp_path):
     monkeypatch.setattr(proof, "INTERPRETED", True)
     monkeypatch.setattr(proof, "_VERDICTS", {})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(adapter_linear, "uses_kernels", lambda x: True)
+    monkeypatch.setattr(choice, "uses_kernels", lambda x: True)
 
 
 class Miscompiled:
@@ -135,9 +134,7 @@ OPERATORS = {  # what is computed, the kernel that does, and where it is looked 
 @pytest.fixture
 def by_itself(monkeypatch):
     """Attention on the CPU chooses Triton by itself, as on a GPU."""
-    monkeypatch.setattr(
-        import_module("zeroi2v_kernels.stdha"), "choose_backend", lambda x: "triton"
-    )
+    monkeypatch.setattr(choice, "choose_backend", lambda x: "triton")
 
 
 @pytest.mark.parametrize("fault", ["tile", "address", "luck", "crash"])

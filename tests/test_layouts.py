@@ -1,12 +1,11 @@
 """Wherever the elements of a tensor lie in memory, every operator reads the same numbers."""
 
-from importlib import import_module
-
 import pytest
 import torch
 from triton_ops import DEVICE, poisoned
 
 pytest.importorskip("triton", reason="needs triton")
+from zeroi2v_kernels import choice
 from zeroi2v_kernels.activation import bias_activation
 from zeroi2v_kernels.adapter_linear import Adapter, Dropout, adapt, adapt_grad, adapter_linear
 from zeroi2v_kernels.adapter_linear_triton import dropout
@@ -113,8 +112,7 @@ def outputs(function, tensors, weight_layout, has_gradient) -> list[torch.Tensor
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_layout_of_inputs_and_gradients_changes_nothing(name, layout, monkeypatch):
-    module = import_module("zeroi2v_kernels.adapter_linear")
-    monkeypatch.setattr(module, "uses_kernels", lambda x: True)
+    monkeypatch.setattr(choice, "uses_kernels", lambda x: True)
     function, shapes, has_gradient = OPERATORS[name]
     generator = torch.Generator().manual_seed(0)
     plain = [torch.randn(s, generator=generator).to(DEVICE, torch.bfloat16) for s in shapes]

@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 from models import randomize
 from rounding import excesses
+from zeroi2v_kernels import choice
+from zeroi2v_kernels.choice import on_onednn
 
 from zeroi2v.model import linear as module
-from zeroi2v.model.linear import Linear, ScaledLinear, linear, on_onednn
+from zeroi2v.model.linear import Linear, ScaledLinear, linear
 
 
 @pytest.mark.parametrize("rows", [(1,), (2, 3, 17), (2, 5, 1)])
@@ -66,7 +68,7 @@ def test_only_inference_in_float32_on_the_cpu_goes_to_onednn():
 
 
 def test_a_build_of_pytorch_without_the_operator_computes_as_ever(monkeypatch):
-    monkeypatch.setattr(module, "_ONEDNN", None)
+    monkeypatch.setattr(choice, "ONEDNN_LINEAR", None)
     x, weight, bias = torch.randn(3, 8), torch.randn(4, 8), torch.randn(4)
     with torch.no_grad():
         assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))

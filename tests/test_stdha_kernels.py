@@ -5,7 +5,6 @@ Kernels run in Triton's interpreter. The yardstick is the definition in float64,
 """
 
 import logging
-import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -14,14 +13,13 @@ import torch
 from attention import attention, packed_attention
 from rounding import assert_within_budget
 from torch.nn.functional import scaled_dot_product_attention
-from zeroi2v_kernels import stdha_flash
+from zeroi2v_kernels import choice, stdha_flash
+from zeroi2v_kernels.choice import choose_backend
 from zeroi2v_kernels.stdha import (
     _announce,
-    choose_backend,
     stdha,
     stdha_backward_op,
     stdha_op,
-    stdha_reference,
     stdha_split,
     stdha_split_backward_op,
     stdha_split_op,
@@ -221,7 +219,7 @@ def test_backends_that_can_not_run_say_what_they_need(monkeypatch):
             random_qkv(1, 5, 2, 24), "triton")  # fmt: skip
     refused("'flash' needs half precision on CUDA: got torch.float32",
             random_qkv(1, 5, 2, 16), "flash")  # fmt: skip
-    monkeypatch.setattr(sys.modules[stdha_reference.__module__], "HAS_TRITON", False)
+    monkeypatch.setattr(choice, "HAS_TRITON", False)
     refused("needs the package triton: pip install", random_qkv(1, 5, 2, 16), "triton")
     monkeypatch.undo()
     monkeypatch.setattr(stdha_launch, "INTERPRET", False)
@@ -242,10 +240,9 @@ def test_none_chooses_sdpa_on_a_cpu_and_says_so_once(caplog):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the choice on a CPU")
 def test_a_cpu_multiplies_bfloat16_frame_by_frame_where_that_is_faster(monkeypatch):
-    module = sys.modules[stdha_reference.__module__]
     qkv, few = random_qkv(2, 64, 2, 16, BF16), random_qkv(2, 63, 2, 16, BF16)
     for fast, chosen in ((True, "matmul"), (False, "sdpa")):
-        monkeypatch.setattr(module, "HAS_FAST_BF16", fast)
+        monkeypatch.setattr(choice, "HAS_FAST_BF16", fast)
         assert choose_backend(qkv) == chosen
         assert choose_backend(few) == choose_backend(qkv.float()) == "sdpa"
 
@@ -385,7 +382,7 @@ def test_model_runs_on_the_kernels_in_training_and_compiled_as_one_graph(
     results = {}
     for backend in ("reference", "triton"):
         set_backend(model, backend)
-        monkeypatch.setattr("zeroi2v.model.vit.uses_kernels", lambda _, on=backend == "triton": on)
+        monkeypatch.setattr(choice, "uses_kernels", lambda _, on=backend == "triton": on)
         model.zero_grad()
         logits = model(video)
         logits.square().sum().backward()

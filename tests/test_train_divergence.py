@@ -45,7 +45,7 @@ def share_one_storage(model) -> None:
 def test_layer_with_a_planted_nan_is_named(monkeypatch, name, path):
     model, video = planted(name)
     if path == "kernels":
-        monkeypatch.setattr("zeroi2v.model.vit.uses_kernels", lambda _: True)
+        monkeypatch.setattr("zeroi2v_kernels.choice.uses_kernels", lambda _: True)
         set_backend(model, "triton")
     if path == "zero":
         share_one_storage(model)

@@ -12,14 +12,13 @@ from models import build, randomize, small_config
 from rounding import excesses, values
 from torch.func import functional_call
 from triton_ops import DEVICE
-from zeroi2v_kernels import adapter_linear
-from zeroi2v_kernels.adapter_linear import Dropout, dropout_mask, merging_pays
+from zeroi2v_kernels import choice
+from zeroi2v_kernels.adapter_linear import Dropout, dropout_mask
 
 from bench.baselines import naive_block as naive_module
 from bench.baselines.naive_block import naive_block
 from bench.measure import run_counting_memory
 from zeroi2v.config import RECIPES, AdapterConfig, ModelConfig
-from zeroi2v.model import training_math
 from zeroi2v.model.training_block import block_backward, block_forward, can_train
 from zeroi2v.model.vit import Block
 from zeroi2v.train.distributed import end_processes, start_processes
@@ -101,7 +100,7 @@ def test_adapters_merged_for_the_forward_change_no_gradient(memory):
     config = small_config("vit_b16_k400_8x16", adapter=adapter)
     block, x = build_block(config).double(), tokens(config, batch=10)
     rows, fc1 = x.shape[:3].numel(), block.mlp.c_fc.weight
-    assert merging_pays(rows, fc1)  # so it does for the narrower layers
+    assert choice.merging_pays(rows, fc1)  # so it does for the narrower layers
     expected = value_and_grads(naive_block(block, x), [x, *trained(block)])
     assert_close(run(block, x, False, memory), expected, 1e-10)
 
@@ -109,7 +108,7 @@ def test_adapters_merged_for_the_forward_change_no_gradient(memory):
 @pytest.mark.parametrize("memory", POLICIES)
 @pytest.mark.parametrize("cls_only", [False, True])
 def test_attention_by_matrix_products_gives_the_same_gradients(monkeypatch, cls_only, memory):
-    monkeypatch.setattr(training_math, "matmul_pays", lambda *_: True)
+    monkeypatch.setattr(choice, "matmul_pays", lambda *_: True)
     config = small_config("vit_l14_k400_32x4", adapter=dict(ratio=0.25, scale=0.5, dropout=0.0))
     block, x = build_block(config).double(), tokens(config)
     expected = value_and_grads(naive_block(block, x, cls_only), [x, *trained(block)])
@@ -119,7 +118,7 @@ def test_attention_by_matrix_products_gives_the_same_gradients(monkeypatch, cls_
 @pytest.fixture
 def on_kernels(monkeypatch):
     """The GPU's path through the block, in Triton's interpreter."""
-    monkeypatch.setattr(adapter_linear, "uses_kernels", lambda x: True)
+    monkeypatch.setattr(choice, "uses_kernels", lambda x: True)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +248,7 @@ PRECISIONS = {
 @pytest.mark.parametrize("precision", [*PRECISIONS, "bf16, attention by matrix products"])
 def test_rounding_errors_are_those_of_plain_autograd(monkeypatch, precision, cls_only, memory):
     if precision not in PRECISIONS:
-        monkeypatch.setattr(training_math, "matmul_pays", lambda *_: True)
+        monkeypatch.setattr(choice, "matmul_pays", lambda *_: True)
     dtype, autocast = PRECISIONS[precision.split(",")[0]]
     config = small_config("vit_b16_k400_8x16", adapter=dict(ratio=0.25, scale=0.5, dropout=0.0))
     block, x = build_block(config).to(dtype), tokens(config, dtype)

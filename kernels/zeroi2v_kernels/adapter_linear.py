@@ -37,6 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zeroi2v_kernels import choice
 from zeroi2v_kernels.device import without_autocast
 
 
@@ -139,17 +140,11 @@ def adapter_linear(
     if dropout and seed is None:
         seed = torch.randint(2**62, (), device=x.device)
     rows = x.reshape(-1, x.shape[-1])
-    merged = dropout == 0 and merging_pays(rows.shape[0], weight)
+    merged = dropout == 0 and choice.merging_pays(rows.shape[0], weight)
     out = adapter_linear_forward(
         rows, weight, bias, list(adapter[:4]), seed, adapter.scale, after, dropout, merged
     )[0]
     return out.view(*x.shape[:-1], -1)
-
-
-def merging_pays(num_rows: int, weight: Tensor) -> bool:
-    """Whether a layer of `weight` is cheaper with its adapter merged into it for `num_rows`."""
-    out_features, in_features = weight.shape
-    return in_features <= out_features and num_rows > 2 * out_features
 
 
 def merge(weight: Tensor, bias: Tensor, adapter: Adapter, after: bool) -> tuple[Tensor, Tensor]:
@@ -184,7 +179,7 @@ def adapt(
     `overwrite` allows the result to take the place of x. A residual keeps its dtype.
     """
     rank, dropped = adapter.down.shape[0], dropout.dropped
-    if uses_kernels(x) and _triton().takes(x, rank, False, dropped, dropout.place, residual):
+    if choice.uses_kernels(x) and _triton().takes(x, rank, False, dropped, dropout.place, residual):
         biases = (adapter.down_bias, adapter.up_bias)
         return _triton().fused_bottleneck(
             x, adapter.down, adapter.up, biases, adapter.scale, *_drawn(dropout), residual
@@ -203,7 +198,7 @@ def adapt(
 def adapt_grad(grad: Tensor, adapter: Adapter, dropout: Dropout) -> tuple[Tensor, Tensor]:
     """dx `[n, C]` and dd `[n, R]` for the gradient of the adapter's output."""
     rank, dropped = adapter.down.shape[0], dropout.dropped
-    if uses_kernels(grad) and _triton().takes(grad, rank, True, dropped, dropout.place):
+    if choice.uses_kernels(grad) and _triton().takes(grad, rank, True, dropped, dropout.place):
         return _triton().fused_bottleneck(
             grad, adapter.up, adapter.down, None, adapter.scale, *_drawn(dropout)
         )
@@ -261,7 +256,7 @@ def dropout_mask(like: Tensor, dropout: Dropout) -> Tensor:
 
     On the CPU each 64-bit random number makes four decisions; on a GPU Philox makes one.
     """
-    if uses_kernels(like):
+    if choice.uses_kernels(like):
         return _triton().dropout(torch.ones_like(like), *_drawn(dropout))
     generator = torch.Generator(like.device).manual_seed(int(dropout.seed) + dropout.place)
     words = torch.empty((like.numel() + 3) // 4, dtype=torch.int64, device=like.device)
@@ -269,11 +264,6 @@ def dropout_mask(like: Tensor, dropout: Dropout) -> Tensor:
     numbers = words.view(torch.int16)[: like.numel()].view(like.shape)
     kept = numbers >= dropout.dropped - 2**15
     return kept.to(like.dtype).mul_(2**16 / (2**16 - dropout.dropped))
-
-
-def uses_kernels(x: Tensor) -> bool:
-    """Whether Triton's kernels compute with x; their arithmetic is in float32."""
-    return x.is_cuda and x.dtype != torch.float64
 
 
 def _triton():
@@ -291,7 +281,7 @@ def _drop(d: Tensor, dropout: Dropout) -> Tensor:
     """Applies the mask; d may be written over."""
     if dropout.probability == 0:
         return d
-    if uses_kernels(d):
+    if choice.uses_kernels(d):
         return _triton().dropout(d, *_drawn(dropout))
     return d.mul_(dropout_mask(d, dropout))
 

@@ -27,20 +27,16 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zeroi2v_kernels import stdha_matmul
+from zeroi2v_kernels import choice, stdha_matmul
 from zeroi2v_kernels.device import HALF, TRITON_DTYPES, TRITON_WIDTHS
 from zeroi2v_kernels.stdha_flash import attend_grouped, flash_attention
 
 BACKENDS = ("triton", "flash", "matmul", "sdpa", "reference")
-# AVX-512's products of bfloat16, and not AMX's tiles.
-HAS_FAST_BF16 = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
-HAS_TRITON = find_spec("triton") is not None  # imported when a kernel is first used
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +77,7 @@ def stdha(
             `num_frames`, `[B*T, N, 3, H, D]`, as an image model has them.
         head_offsets: H ints, in frames.
         scale: positive factor on the scores; `D ** -0.5` by default.
-        backend: what computes it, and nothing else will; None takes what `choose_backend` says.
+        backend: what computes it, and nothing else will; None takes that of `choose_backend`.
             `triton`: the kernels of this package; float32, bfloat16 or float16, D 16, 32, 64 or
             128, on a CUDA device or in Triton's interpreter. A view whose rows do not start at
             multiples of 16 elements is copied first. Proven before it is used (`proof.py`); by
@@ -159,27 +155,6 @@ def stdha_split(
     if backend == "triton":
         return stdha_split_op(query, key_value, list(head_offsets), scale, named)[0]
     return _attend(query, key_value, head_offsets, scale, backend, overwrite)
-
-
-def choose_backend(x: Tensor) -> str:
-    """The backend that None stands for, by `x`, which is `qkv` or, where kept apart, `query`.
-
-    `triton` for half precision on CUDA; `matmul` where it pays, unless exported; else `sdpa`.
-    """
-    if x.is_cuda:
-        fits = x.dtype in HALF and x.shape[-1] in TRITON_WIDTHS
-        return "triton" if fits and HAS_TRITON else "sdpa"
-    pays = matmul_pays(x.device, x.dtype, x.shape[2])
-    return "matmul" if pays and not torch.compiler.is_exporting() else "sdpa"
-
-
-def matmul_pays(device: torch.device, dtype: torch.dtype, queries: int) -> bool:
-    """Whether backend `matmul` is faster than `sdpa`, for so many queries in a frame.
-
-    That is in bfloat16 on a CPU that multiplies it but has no tiles for it, since with those
-    PyTorch's attention is fast, for as many queries as are worth the calls.
-    """
-    return device.type == "cpu" and dtype == torch.bfloat16 and HAS_FAST_BF16 and queries >= 64
 
 
 def _autocast(*tensors: Tensor) -> list[Tensor]:
@@ -438,13 +413,13 @@ def _check(
     if not x.is_floating_point():
         raise ValueError(f"{name} must be floating point: got {x.dtype}")
     if backend is None:
-        backend = choose_backend(x)
+        backend = choice.choose_backend(x)
         if not torch.compiler.is_compiling():
             _announce(backend, x.device.type)
     elif backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None: got {backend!r}")
     elif backend == "triton":
-        if not HAS_TRITON:
+        if not choice.HAS_TRITON:
             raise ValueError("backend 'triton' needs the package triton: pip install triton")
         if x.dtype not in TRITON_DTYPES:
             raise ValueError(f"backend 'triton' needs float32 or half precision: got {x.dtype}")

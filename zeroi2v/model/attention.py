@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from zeroi2v_kernels.device import TRITON_DTYPES
-from zeroi2v_kernels.stdha import BACKENDS, HAS_TRITON, stdha, stdha_split
+from zeroi2v_kernels.stdha import BACKENDS, stdha, stdha_split
 
 from zeroi2v.config import ModelConfig
 from zeroi2v.model.adapter import LinearAdapter
@@ -61,15 +60,6 @@ class STDHA(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, head_offsets={self.head_offsets}"
-
-
-def uses_kernels(x: Tensor) -> bool:
-    """Whether norms and activations of the model run on Triton's kernels: on CUDA, unless exported.
-
-    Attention chooses for itself, as the block does while a frozen backbone is adapted.
-    """
-    fits = x.is_cuda and HAS_TRITON and x.dtype in TRITON_DTYPES
-    return fits and not torch.compiler.is_exporting()
 
 
 def set_backend(model: nn.Module, backend: str | None) -> None:

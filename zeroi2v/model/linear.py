@@ -16,14 +16,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-# What compiled models call for a linear layer on the CPU; not every build of PyTorch has it.
-_ONEDNN = (
-    getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    if torch.backends.mkldnn.is_available()
-    else None
-)
-
+from zeroi2v_kernels.choice import ONEDNN_LINEAR, on_onednn
 
 MANY, ROWS = 8192, 512
 """Rows, on a CPU and for inference, above which `ROWS` of them are multiplied at a time."""
@@ -32,7 +25,7 @@ MANY, ROWS = 8192, 512
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x W^T + b` for `x [..., in]`, `weight [out, in]` and `bias [out]` -> `[..., out]`."""
     if on_onednn(x):
-        return _in_parts(lambda rows: _ONEDNN(rows, weight, bias, "none", [], ""), x)
+        return _in_parts(lambda rows: ONEDNN_LINEAR(rows, weight, bias, "none", [], ""), x)
     return _in_parts(lambda rows: F.linear(rows, weight, bias), x)
 
 
@@ -48,14 +41,6 @@ def _in_parts(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         out = part.new_empty(num_rows, part.shape[-1]) if out is None else out
         out[i * ROWS : i * ROWS + len(rows)] = part
     return out.view(*x.shape[:-1], -1)
-
-
-def on_onednn(x: Tensor) -> bool:
-    """Whether `linear` leaves `x` to oneDNN: float32 on the CPU, for inference, op by op."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or _ONEDNN is None:
-        return False
-    fits = x.dtype == torch.float32 and x.device.type == "cpu"
-    return fits and not torch.is_autocast_enabled("cpu")
 
 
 class Linear(nn.Linear):

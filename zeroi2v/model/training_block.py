@@ -27,9 +27,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from zeroi2v_kernels import adapter_linear
-from zeroi2v_kernels.device import TRITON_DTYPES, TRITON_WIDTHS
-from zeroi2v_kernels.stdha import HAS_TRITON
+from zeroi2v_kernels import choice
+from zeroi2v_kernels.device import without_autocast
 
 from zeroi2v.model.training_math import (
     AFTER_FC2,
@@ -49,23 +48,15 @@ Memory = Literal["save", "lean", "recompute"]
 
 
 def can_train(block: Block, x: Tensor) -> bool:
-    """Whether a gradient is wanted, and none of the backbone's parameters in `block`.
-
-    And whether the block knows the operators of this device, and attention is left to it, or asked
-    of the backend that it uses: `triton` on CUDA, `sdpa` on the CPU.
-    """
-    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+    """True if autograd needs gradients, but for no backbone parameter of `block`, and the training
+    block has operators for `x` (`choice.trains_by_block`)."""
+    if not torch.is_grad_enabled():
         return False
     frozen, adapters = _parameters(block)
     wanted = x.requires_grad or any(p.requires_grad for p in adapters)
     if not wanted or any(p.requires_grad for p in frozen):
         return False
-    if block.attn.backend not in (None, "triton" if x.is_cuda else "sdpa"):
-        return False
-    if x.is_cuda:
-        fits = x.dtype in TRITON_DTYPES and x.shape[-1] // block.attn.num_heads in TRITON_WIDTHS
-        return HAS_TRITON and fits
-    return x.device.type == "cpu"
+    return choice.trains_by_block(x, block.attn.num_heads, block.attn.backend)
 
 
 def training_block(block: Block, x: Tensor, cls_only: bool) -> Tensor:
@@ -98,7 +89,7 @@ def _parameters(block: Block) -> tuple[list[Tensor], list[Tensor]]:
 
 
 @torch.library.custom_op("zeroi2v::block_forward", mutates_args=())
-@adapter_linear.without_autocast
+@without_autocast
 def block_forward(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -125,7 +116,7 @@ def block_forward(
 
 
 @torch.library.custom_op("zeroi2v::block_backward", mutates_args=())
-@adapter_linear.without_autocast
+@without_autocast
 def block_backward(
     grad: Tensor,
     x: Tensor,
@@ -195,7 +186,7 @@ def _(x, weights, seed, *values):
 def _fake_sums(x: Tensor, asked: int, settings: Settings) -> Tensor:
     """The logarithms of attention's sums, in the layout of the CPU or of the kernels."""
     (batch, frames), heads = x.shape[:2], len(settings.head_offsets)
-    if adapter_linear.uses_kernels(x):
+    if choice.uses_kernels(x):
         return x.new_empty(batch, frames, heads, asked, dtype=torch.float32)
     dtype = torch.promote_types(settings.dtype, torch.float32)
     return x.new_empty(batch * frames, asked, heads, dtype=dtype).transpose(1, 2)

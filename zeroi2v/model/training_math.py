@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from zeroi2v_kernels import adapter_linear, stdha_matmul
+from zeroi2v_kernels import choice, stdha_matmul
 from zeroi2v_kernels.adapter_linear import (
     Adapter,
     Dropout,
@@ -23,10 +23,9 @@ from zeroi2v_kernels.adapter_linear import (
     bottleneck,
     merge,
     merged_after_grad,
-    merging_pays,
     parameter_grads,
 )
-from zeroi2v_kernels.stdha import _move_heads_, matmul_pays
+from zeroi2v_kernels.stdha import _move_heads_
 
 from zeroi2v.model.linear import linear, scaled_linear
 
@@ -66,15 +65,16 @@ def merged_places(x: Tensor, weights: Sequence[Tensor], settings: Settings) -> l
     return [
         place
         for place, weight in layers.items()
-        if merging_pays(num_rows, weight) or (place == AFTER_PROJ and settings.memory == "lean")
+        if choice.merging_pays(num_rows, weight)
+        or (place == AFTER_PROJ and settings.memory == "lean")
     ]
 
 
 def attends_by_matmul(x: Tensor, settings: Settings) -> bool:
     """True if attention to `x [B, T, N, C]` runs as matrix products, which keep no sums."""
     queries = 1 if settings.cls_only else x.shape[2]
-    pays = matmul_pays(x.device, settings.dtype, queries)
-    return pays and not adapter_linear.uses_kernels(x)
+    pays = choice.matmul_pays(x.device, settings.dtype, queries)
+    return pays and not choice.uses_kernels(x)
 
 
 class BlockArithmetic:
@@ -99,7 +99,7 @@ class BlockArithmetic:
             ]
             for place in merged_places(x, weights, settings)
         }
-        self.on_kernels = adapter_linear.uses_kernels(x)
+        self.on_kernels = choice.uses_kernels(x)
         self.by_matmul = attends_by_matmul(x, settings)
         # PyTorch has silu but not QuickGELU; the factors ride on the products around it.
         self.is_silu = settings.activation == "quick_gelu" and not self.on_kernels

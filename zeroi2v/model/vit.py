@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
+from zeroi2v_kernels import choice
 
 from zeroi2v.config import ModelConfig
 from zeroi2v.model.adapter import LinearAdapter
-from zeroi2v.model.attention import STDHA, uses_kernels
+from zeroi2v.model.attention import STDHA
 from zeroi2v.model.linear import ScaledLinear
 from zeroi2v.model.training_block import Memory, can_train, training_block
 
@@ -197,7 +198,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., C]` -> `[..., C]`."""
         x = self.in_adapter(x)
-        if uses_kernels(x):
+        if choice.uses_kernels(x):
             from zeroi2v_kernels.activation import bias_activation
 
             hidden = F.linear(x, self.c_fc.weight)
@@ -227,7 +228,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., C]` -> `[..., C]`, same dtype."""
-        if uses_kernels(x):
+        if choice.uses_kernels(x):
             from zeroi2v_kernels.norm import add_layer_norm
 
             return add_layer_norm(x, None, self.weight, self.bias, self.eps)[0]
@@ -235,7 +236,7 @@ class LayerNorm(nn.LayerNorm):
 
     def of_sum(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
         """The norm of `x + added`, and that sum; on CUDA in one pass."""
-        if uses_kernels(x) and added.dtype == x.dtype:
+        if choice.uses_kernels(x) and added.dtype == x.dtype:
             from zeroi2v_kernels.norm import add_layer_norm
 
             return add_layer_norm(added, x, self.weight, self.bias, self.eps)

@@ -1,0 +1,95 @@
+"""What runs, by device, dtype and shape. Every such choice is made here, and nowhere else.
+
+    part                    CUDA with Triton         CPU                            otherwise
+    attention               `triton` in half         `matmul` for bfloat16 if       `sdpa`
+      `choose_backend`      precision, known head    `matmul_pays`, else `sdpa`
+                            widths; else `sdpa`
+    norms, activations,     our kernels, not in      PyTorch                        PyTorch
+      adapters              float64, not exported
+      `uses_kernels`
+    linear layers           PyTorch (cuBLAS)         oneDNN for inference in        PyTorch
+      `on_onednn`                                    float32, else PyTorch
+    a block whose backbone  our block, known head    our block                      PyTorch's
+      is frozen             widths, not in float64                                  autograd
+      `trains_by_block`
+    adapters in training    merged into their layer where `merging_pays`, without dropout
+
+A backend named by the user goes before `choose_backend`; a kernel that fails its proof on a device
+gives way to PyTorch there (`proof.py`).
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from zeroi2v_kernels.device import HALF, TRITON_DTYPES, TRITON_WIDTHS
+
+HAS_TRITON = find_spec("triton") is not None  # imported when a kernel is first used
+# AVX-512's products of bfloat16, and not AMX's tiles.
+HAS_FAST_BF16 = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+# What compiled models call for a linear layer on the CPU; not every build of PyTorch has it.
+ONEDNN_LINEAR = (
+    getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if torch.backends.mkldnn.is_available()
+    else None
+)
+
+
+def choose_backend(x: Tensor) -> str:
+    """The attention backend that None stands for, by `x`: `qkv` or, where kept apart, `query`.
+
+    `triton` for half precision on CUDA; `matmul` where it pays, unless exported; else `sdpa`.
+    """
+    if x.is_cuda:
+        fits = x.dtype in HALF and x.shape[-1] in TRITON_WIDTHS
+        return "triton" if fits and HAS_TRITON else "sdpa"
+    pays = matmul_pays(x.device, x.dtype, x.shape[2])
+    return "matmul" if pays and not torch.compiler.is_exporting() else "sdpa"
+
+
+def matmul_pays(device: torch.device, dtype: torch.dtype, queries: int) -> bool:
+    """True if backend `matmul` is faster than `sdpa`, for so many queries in a frame.
+
+    That is in bfloat16 on a CPU that multiplies it but has no tiles for it, since with those
+    PyTorch's attention is fast, for as many queries as are worth the calls.
+    """
+    return device.type == "cpu" and dtype == torch.bfloat16 and HAS_FAST_BF16 and queries >= 64
+
+
+def uses_kernels(x: Tensor) -> bool:
+    """True if Triton's kernels compute norms, activations and adapters of `x`, in float32 inside.
+
+    Not in an exported program, which other machines run.
+    """
+    fits = x.is_cuda and HAS_TRITON and x.dtype in TRITON_DTYPES
+    return fits and not torch.compiler.is_exporting()
+
+
+def on_onednn(x: Tensor) -> bool:
+    """True if oneDNN multiplies `x`: float32 on the CPU, for inference, op by op."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or ONEDNN_LINEAR is None:
+        return False
+    fits = x.dtype == torch.float32 and x.device.type == "cpu"
+    return fits and not torch.is_autocast_enabled("cpu")
+
+
+def trains_by_block(x: Tensor, num_heads: int, backend: str | None) -> bool:
+    """True if the training block has its operators for `x [B, T, N, C]`.
+
+    Attention must be left to it (`backend` None) or be asked of the backend that it uses: `triton`
+    on CUDA, `sdpa` on the CPU.
+    """
+    if torch.compiler.is_exporting() or backend not in (None, "triton" if x.is_cuda else "sdpa"):
+        return False
+    if x.is_cuda:
+        return uses_kernels(x) and x.shape[-1] // num_heads in TRITON_WIDTHS
+    return x.device.type == "cpu"
+
+
+def merging_pays(num_rows: int, weight: Tensor) -> bool:
+    """True if a layer of `weight` is cheaper with its adapter merged into it for `num_rows`."""
+    out_features, in_features = weight.shape
+    return in_features <= out_features and num_rows > 2 * out_features

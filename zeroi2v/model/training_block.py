@@ -36,6 +36,8 @@ from zeroi2v.model.training_math import (
     BEFORE_QKV,
     NUM_FROZEN,
     BlockArithmetic,
+    Frozen,
+    Layer,
     Settings,
     attends_by_matmul,
     merged_places,
@@ -81,11 +83,17 @@ def training_block(block: Block, x: Tensor, cls_only: bool) -> Tensor:
 def _parameters(block: Block) -> tuple[list[Tensor], list[Tensor]]:
     """The frozen parameters and those of the adapters, in the order `BlockArithmetic` expects."""
     attn, mlp = block.attn, block.mlp
-    frozen = [block.ln_1.weight, block.ln_1.bias, attn.in_proj_weight, attn.in_proj_bias]
-    frozen += [attn.out_proj.weight, attn.out_proj.bias, block.ln_2.weight, block.ln_2.bias]
-    frozen += [mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight, mlp.c_proj.bias]
+    frozen = Frozen(
+        norm_1=Layer(block.ln_1.weight, block.ln_1.bias),
+        qkv=Layer(attn.in_proj_weight, attn.in_proj_bias),
+        proj=Layer(attn.out_proj.weight, attn.out_proj.bias),
+        norm_2=Layer(block.ln_2.weight, block.ln_2.bias),
+        fc1=Layer(mlp.c_fc.weight, mlp.c_fc.bias),
+        fc2=Layer(mlp.c_proj.weight, mlp.c_proj.bias),
+    )
     adapters = (attn.in_adapter, attn.out_adapter, mlp.in_adapter, mlp.out_adapter)
-    return frozen, [p for adapter in adapters for p in adapter.parameters()]
+    weights = [w for layer in frozen for w in layer]
+    return weights, [p for adapter in adapters for p in adapter.parameters()]
 
 
 @torch.library.custom_op("zeroi2v::block_forward", mutates_args=())
@@ -170,7 +178,7 @@ def _(x, weights, seed, *values):
         "query": (asked_rows, width),
         "key_value": (rows, 2 * width),
         "attended": (asked_rows, width),
-        "fc1": (asked_rows, weights[8].shape[0]),
+        "fc1": (asked_rows, Frozen.of(weights).fc1.weight.shape[0]),
         "fc2": (asked_rows, width),
     }
     for place, down in enumerate(weights[NUM_FROZEN::4]):

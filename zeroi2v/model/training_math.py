@@ -37,6 +37,32 @@ EPS = 1e-5
 """Of the layer norms."""
 
 
+class Layer(NamedTuple):
+    """Weights of a linear layer or a norm."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def to(self, dtype: torch.dtype) -> Layer:
+        return Layer(self.weight.to(dtype), self.bias.to(dtype))
+
+
+class Frozen(NamedTuple):
+    """Weights of a block's backbone, in the order in which the operators take them."""
+
+    norm_1: Layer
+    qkv: Layer
+    proj: Layer
+    norm_2: Layer
+    fc1: Layer
+    fc2: Layer
+
+    @classmethod
+    def of(cls, weights: Sequence[Tensor]) -> Frozen:
+        """Of all `weights` of a block, those of its adapters after them."""
+        return cls(*(Layer(*weights[i : i + 2]) for i in range(0, NUM_FROZEN, 2)))
+
+
 class Settings(NamedTuple):
     """All that determines the arithmetic beside the tensors."""
 
@@ -61,11 +87,12 @@ def merged_places(x: Tensor, weights: Sequence[Tensor], settings: Settings) -> l
     if settings.dropout or settings.cls_only or len(weights) == NUM_FROZEN:
         return []
     num_rows = x.shape[:-1].numel()
-    layers = {BEFORE_QKV: weights[2], AFTER_PROJ: weights[4], BEFORE_FC1: weights[8]}
+    frozen = Frozen.of(weights)
+    layers = {BEFORE_QKV: frozen.qkv, AFTER_PROJ: frozen.proj, BEFORE_FC1: frozen.fc1}
     return [
         place
-        for place, weight in layers.items()
-        if choice.merging_pays(num_rows, weight)
+        for place, layer in layers.items()
+        if choice.merging_pays(num_rows, layer.weight)
         or (place == AFTER_PROJ and settings.memory == "lean")
     ]
 
@@ -85,9 +112,10 @@ class BlockArithmetic:
         self.x, self.settings, self.dtype = x.reshape(-1, self.width), settings, settings.dtype
         self.cls_only, self.head_offsets = settings.cls_only, tuple(settings.head_offsets)
         norm_dtype = torch.promote_types(x.dtype, torch.float32)
-        self.norm_1, self.norm_2 = ([w.to(norm_dtype) for w in weights[i : i + 2]] for i in (0, 6))
-        layers = [weights[i : i + 2] for i in (2, 4, 8, 10)]
-        self.qkv, self.proj, self.fc1, self.fc2 = ([w.to(self.dtype) for w in x] for x in layers)
+        frozen = Frozen.of(weights)
+        self.norm_1, self.norm_2 = frozen.norm_1.to(norm_dtype), frozen.norm_2.to(norm_dtype)
+        layers = (frozen.qkv, frozen.proj, frozen.fc1, frozen.fc2)
+        self.qkv, self.proj, self.fc1, self.fc2 = (layer.to(self.dtype) for layer in layers)
         wide = [
             Adapter(*weights[i : i + 4], settings.scale) for i in range(NUM_FROZEN, len(weights), 4)
         ]
@@ -143,8 +171,8 @@ class BlockArithmetic:
             active = self._activate(made["fc1"]).div_(self.factor)
             out_grad = self._adapt_grad(AFTER_FC2, grad, active, made, grads, self.fc2)
             del active
-        hidden_grad = self._activate_grad(linear(out_grad, self.fc2[0].t()), made["fc1"])
-        x_grad = linear(hidden_grad, self.fc1[0].t())
+        hidden_grad = self._activate_grad(linear(out_grad, self.fc2.weight.t()), made["fc1"])
+        x_grad = linear(hidden_grad, self.fc1.weight.t())
         del hidden_grad, out_grad
         x, *statistics = self._norm(made["middle"], self.norm_2)
         x_grad = self._adapt_grad(BEFORE_FC1, x_grad, x, made, grads)
@@ -160,7 +188,7 @@ class BlockArithmetic:
             branch_grad = self._adapt_grad(
                 AFTER_PROJ, middle_grad, attended, made, grads, self.proj
             )
-            out_grad = linear(branch_grad, self.proj[0].t())
+            out_grad = linear(branch_grad, self.proj.weight.t())
         x_grad = self._project_grad(self._attend_grad(out_grad, made))
         if not (self.adapters or x_needs_grad):
             return None
@@ -297,7 +325,7 @@ class BlockArithmetic:
 
     def _project_grad(self, grads: list[Tensor]) -> Tensor:
         """Gradient of the input of the projection to queries, keys and values."""
-        weight = self.qkv[0]
+        weight = self.qkv.weight
         if len(grads) == 1:
             return linear(grads[0], weight.t())
         query, *others = grads

@@ -11,7 +11,7 @@ from videos import read_number, write_numbered
 
 from zeroi2v.data.annotations import Sample
 from zeroi2v.data.bitstream import _vp9_frames, _vp9_shows, shown_frames
-from zeroi2v.data.decode import DecodeError, frame_times, read_frames
+from zeroi2v.data.decode import DecodeError, Limit, frame_times, read_frames, read_index
 from zeroi2v.data.frame_cache import read_sample
 from zeroi2v.data.gop import DALI_CPU, Cut
 from zeroi2v.data.manifest import inspect_video
@@ -201,3 +201,25 @@ def test_parts_of_field_coded_video_are_measured_in_frames(tmp_path):
     path = write_field_coded(tmp_path / "v.mp4", 13)  # 0.52 s
     frames = read_frames(path, np.arange, start=0.24, end=0.52)
     assert [read_number(image) for image in frames] == [6, 7, 8, 9, 10, 11, 12]
+
+
+def test_a_film_trimmed_by_its_container_is_still_read_by_seeking(tmp_path):
+    source = write_numbered(tmp_path / "whole.mp4", 24, g="8", bf="0")
+    path = tmp_path / "trimmed.mp4"
+    with av.open(source) as video, av.open(str(path), "w") as container:
+        track = container.add_stream_from_template(video.streams.video[0], opaque=True)
+        for packet in video.demux(video=0):
+            if packet.size:  # what is shown before 0 is hidden by an edit list
+                shift = 3 * packet.duration
+                packet.pts, packet.dts, packet.stream = (
+                    packet.pts - shift,
+                    packet.dts - shift,
+                    track,
+                )
+                container.mux(packet)
+    assert assert_one_truth(path, tmp_path / "cache") == 21
+    with av.open(str(path)) as container:
+        discarded = [p.is_discard for p in container.demux(video=0) if p.size]
+        assert discarded[:4] == [True, True, True, False]
+    with av.open(str(path)) as container:
+        assert read_index(container, container.streams.video[0], Limit(None)).seekable

@@ -136,7 +136,7 @@ def read_frames(
 
 
 @contextmanager
-def _named(path: str, timeout: float | None) -> Iterator[None]:
+def _named(path: str, timeout: float | None = None) -> Iterator[None]:
     """Every error within becomes a DecodeError that names the file."""
     try:
         yield
@@ -251,7 +251,8 @@ def read_index(container, stream, limit: Limit) -> Index:
     frames, orientation = _frames_of(stream.codec_context, head), UPRIGHT
     if frames:
         orientation = orientation_of(frames[0]) or UPRIGHT
-        in_fields = name == "h264" and len(frames) < len(head)  # each packet is half of a frame
+        # Fewer frames than packets: each is half of a frame.
+        in_fields = name == "h264" and len(frames) < sum(is_shown[: len(head)])
         seekable = seekable and not in_fields and not frames[0].interlaced_frame
     return Index(pts, dts, is_key, is_entry, shown, times, frame_rate, seekable, orientation)
 
@@ -268,14 +269,14 @@ def _frames_of(codec, packets: list[av.Packet]) -> list[av.VideoFrame]:
     return frames
 
 
-def frame_times(path: str | os.PathLike, timeout: float | None = None) -> np.ndarray:
+def frame_times(path: str | os.PathLike) -> np.ndarray:
     """When the frames of a video are shown, in seconds from the first, float64 [frames].
 
-    Read from the packets where they are known to be frames, else all is decoded once. Raises
+    Read from the packets where these are known to be frames, else all is decoded once. Raises
     DecodeError as `read_frames` does.
     """
-    path, limit = os.fspath(path), Limit(timeout)
-    with _named(path, timeout):
+    path, limit = os.fspath(path), Limit(None)
+    with _named(path):
         container, stream = open_video(path, limit)
         with container:
             index = known_index(path, container, stream, limit)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.auto_aug import augmentations
 from nvidia.dali.auto_aug.core import select
+from nvidia.dali.pipeline import do_not_convert
 
 from zeroi2v.data.augment import KINDS
 from zeroi2v.data.clip_worker import PREFETCH, ClipPlan, ClipSource
@@ -92,7 +93,8 @@ def _rand_augment(frames, op, gpu: bool):
     operand, kernel = value, fn.reshape(op[2:11], shape=[3, 3])
     if gpu:
         operand, kernel = operand.gpu(), kernel.gpu()
-    choices = [globals()[f"_{name}"] for name in KINDS]
+    # None branches by sample, and DALI takes seconds to find that out.
+    choices = [do_not_convert(globals()[f"_{name}"]) for name in KINDS]
     return select(choices, kind, frames, value, matrix, operand, kernel)
 
 

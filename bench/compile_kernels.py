@@ -10,6 +10,9 @@ Run it without TRITON_INTERPRET.
 
 from __future__ import annotations
 
+import ast
+import hashlib
+import json
 import os
 import re
 import subprocess
@@ -21,6 +24,7 @@ from importlib import import_module
 from pathlib import Path
 
 import triton
+import zeroi2v_kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -58,6 +62,37 @@ def sample() -> list[tuple[int, int]]:
         for arch, index in everything()
         if ARCHITECTURES[(index + index // count) % count] == arch
     ]
+
+
+def one_of_each() -> list[tuple[int, int]]:
+    """The last case of every kernel on every architecture."""
+    last = {}
+    for arch, index in everything():
+        last[arch, cases(arch)[index]["kernel"].__name__] = arch, index
+    return list(last.values())
+
+
+def source_hash() -> str:
+    """Of all that the table depends on but Triton: the kernels' code and the cases.
+
+    Comments and docstrings are left out.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(Path(zeroi2v_kernels.__file__).parent.glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if "@triton.jit" in text:
+            tree = ast.parse(text)
+            for node in ast.walk(tree):
+                match node:
+                    case ast.Module(body=body) | ast.FunctionDef(body=body):
+                        if ast.get_docstring(node) is not None:
+                            body[0] = ast.Pass()
+            digest.update(ast.unparse(tree).encode())
+    for arch in ARCHITECTURES:
+        for case in cases(arch):
+            values = {key: case[key] for key in ("name", "types", "constants", "options")}
+            digest.update(json.dumps(values, default=str).encode())
+    return digest.hexdigest()[:16]
 
 
 def measure(case: dict, arch: int) -> dict:
@@ -136,7 +171,7 @@ def run(chosen: Sequence[tuple[int, int]]) -> tuple[str, list[str]]:
     """The table of the kernels that are chosen, and what is wrong with them."""
     lines = [
         "Registers, shared memory and programs per SM of every shipped kernel and configuration.",
-        f"Cross-compiled by Triton {triton.__version__}; written by "
+        f"Cross-compiled by Triton {triton.__version__} from code {source_hash()}; written by "
         "`python -m bench.compile_kernels`.",
         "",
         "| kernel | sm | warps | registers | shared KiB | tensor columns | programs/SM |",

@@ -316,12 +316,13 @@ def test_run_over_all_real_clips_damaged_ones_included_finishes(go, clips, tmp_p
     assert told <= {str(clips / file) for file, status in files if status != "ok"}
 
 
-def test_run_on_twenty_real_signs_learns_every_one(go, clips):
+def test_run_on_twenty_real_signs_learns_every_one(go, clips, tmp_path):
     signs = clips / "annotations" / "tiny"
     source = signs / "asl20_k400style.txt"
     run_dir = go(
         "run", f"data.train_list={source}", f"data.val_list={source}", f"data.root={clips}",
-        f"data.labels={signs / 'asl20_classes.txt'}", "augment=null",
+        f"data.labels={signs / 'asl20_classes.txt'}", f"data.cache={tmp_path / 'cache'}",
+        "augment=null",
         "model.num_classes=20", "model.width=128", "model.num_heads=4", "model.image_size=128",
         "model.head_offsets=[-1, 1, 0, 0]", "model.preprocess.val_short_side=128",
         "model.adapter={ratio: 0.5, scale: 1.0, dropout: 0.0}", "model.head_dropout=0.0",

@@ -5,7 +5,6 @@ import os
 import pickle
 import socket
 import subprocess
-import time
 from enum import Enum
 from pathlib import Path
 
@@ -17,9 +16,6 @@ from training import (
     Ranks,
     arguments,
     assert_same_run,
-    command,
-    environment,
-    finish,
     make_data,
     wait_for,
 )
@@ -155,24 +151,19 @@ def test_vanished_videos_are_told_and_the_run_goes_on_when_they_are_back(data, w
 
 
 def test_taken_port_is_told_by_name_and_the_run_starts_when_it_is_free(data, tmp_path):
-    def start(port: int, status: int) -> str:
-        launcher = ["deepspeed", "--num_accelerators", "2", "--master_port", str(port)]
-        words = command(data, tmp_path / "run", "run.max_steps=1", "data.val_list=null")
-        return finish([*launcher, *words], status, env=environment(), timeout=120).stderr
-
-    with socket.socket() as holder:
+    words = arguments(data, tmp_path / "run", "run.max_steps=1", "data.val_list=null")
+    with Ranks(words, count=2, output=tmp_path / "taken") as ranks, socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as those that come after
-        holder.bind(("", 0))
+        holder.bind(("", ranks.ports[0]))
         holder.listen()
-        port = holder.getsockname()[1]
-        begun = time.monotonic()
-        told = start(port, status=1)
-        assert time.monotonic() - begun < 60
+        first = ranks.processes[0]  # the other waits, and would be ended by a launcher
+        wait_for(lambda: first.exitcode is not None, 60)
+        assert first.exitcode == 1
+        (line,) = ranks.errors()
+    assert f"MASTER_PORT must be free: 127.0.0.1:{ranks.ports[0]} is taken" in line
     assert not (tmp_path / "run").exists()
-    errors = [line for line in told.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, told
-    assert f"MASTER_PORT must be free: 127.0.0.1:{port} is taken" in errors[0]
-    start(port, status=0)
+    with Ranks(words, count=2, output=tmp_path / "free") as ranks:
+        assert ranks.wait(60) == [0, 0], ranks.text()
     assert [line["step"] for line in read_log(tmp_path / "run")] == [1]
 
 

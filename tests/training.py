@@ -156,10 +156,12 @@ class Ranks:
     ):
         context = server()
         self._keep = ExitStack()
-        ports = [self._keep.enter_context(held_port()) for _ in arguments]
+        self.ports = [self._keep.enter_context(held_port()) for _ in arguments]
         self.output = output
         self.processes = [
-            context.Process(target=run_rank, args=(arguments, rank, count, ports, output, before))
+            context.Process(
+                target=run_rank, args=(arguments, rank, count, self.ports, output, before)
+            )
             for rank in range(count)
         ]
 

@@ -152,14 +152,16 @@ def test_vanished_videos_are_told_and_the_run_goes_on_when_they_are_back(data, w
 
 def test_taken_port_is_told_by_name_and_the_run_starts_when_it_is_free(data, tmp_path):
     words = arguments(data, tmp_path / "run", "run.max_steps=1", "data.val_list=null")
-    with Ranks(words, count=2, output=tmp_path / "taken") as ranks, socket.socket() as holder:
+    ranks = Ranks(words, count=2, output=tmp_path / "taken")
+    with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as those that come after
         holder.bind(("", ranks.ports[0]))
         holder.listen()
-        first = ranks.processes[0]  # the other waits, and would be ended by a launcher
-        wait_for(lambda: first.exitcode is not None, 60)
-        assert first.exitcode == 1
-        (line,) = ranks.errors()
+        with ranks:
+            first = ranks.processes[0]  # the other waits, and would be ended by a launcher
+            wait_for(lambda: first.exitcode is not None, 60)
+            assert first.exitcode == 1
+            (line,) = ranks.errors()
     assert f"MASTER_PORT must be free: 127.0.0.1:{ranks.ports[0]} is taken" in line
     assert not (tmp_path / "run").exists()
     with Ranks(words, count=2, output=tmp_path / "free") as ranks:

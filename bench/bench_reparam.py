@@ -13,7 +13,8 @@ import sys
 
 import pytest
 
-from tests.models import build, small_config
+from bench.cases import adapted_model
+from tests.models import small_config
 from zeroi2v import RECIPES
 
 MODELS = {"B/16": "vit_b16_k400_8x16", "L/14": "vit_l14_k400_8x16"}
@@ -21,9 +22,9 @@ COPY = "from zeroi2v import VideoViT; VideoViT.from_pretrained({!r}).save_pretra
 
 
 @pytest.mark.parametrize("model", MODELS)
-def bench_reparam(model, tmp_path, compare, timed):
+def bench_reparam(model, tmp_path, compare, timed, device):
     recipe = MODELS[model]
-    adapted = build(RECIPES[recipe].model if timed else small_config(recipe))
+    adapted = adapted_model(RECIPES[recipe].model if timed else small_config(recipe), device)
     adapted.save_pretrained(tmp_path / "adapted")
     parameters = sum(p.numel() for p in adapted.parameters())
     del adapted

@@ -99,6 +99,7 @@ def bench_zero_cost(case, dtype, compare, timed, device, monkeypatch):
 @shapes(*(shape for shape in RECIPE if WHERE == "cuda" or shape[1] == 8))
 @torch.no_grad()
 def bench_zero_cost_throughput(case, dtype, batch, compare, device):
+    need_memory(forward_bytes(case.merged.config, batch, getattr(torch, dtype)), device)
     adapted, merged, image = case.models(dtype)
     video = seeded_clips(adapted, count=batch).to(device, getattr(torch, dtype))
     _, contestants, absent = line_up(adapted, merged, image, video)
@@ -127,6 +128,25 @@ def bench_zero_cost_throughput(case, dtype, batch, compare, device):
         dtype=dtype,
         flops={name: batch * flops_by_formula(name, config) for name in contestants},
     )
+
+
+def forward_bytes(config: ModelConfig, batch: int, dtype: torch.dtype) -> int:
+    """What a forward pass of `batch` clips holds at most above weights and pixels, about.
+
+    It is what other libraries' image models hold in an MLP: the block's input, the attention's
+    result, their sum and its norm; the hidden layer, and two results of an unfused activation.
+    """
+    tokens = batch * config.num_frames * config.num_tokens
+    return round(tokens * config.width * (4 + 3 * config.mlp_ratio) * dtype.itemsize)
+
+
+def need_memory(wanted: int, device: str) -> None:
+    """Skips a bench that a GPU has no memory for."""
+    if device == "cuda":
+        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        free = torch.cuda.mem_get_info()[0] + cached
+        if wanted > free:
+            pytest.skip(f"needs about {wanted / 1e9:.1f} GB of GPU memory: {free / 1e9:.1f} free")
 
 
 def line_up(

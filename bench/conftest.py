@@ -371,7 +371,8 @@ def _hand_over(benchmark, node, contestants, seconds, rows, facts) -> None:
 def _print(request, baseline: str, rows: dict[str, dict], facts: dict) -> None:
     capture = request.config.pluginmanager.get_plugin("capturemanager")
     with capture.global_and_fixture_disabled():
-        print(f"\n{request.node.name}, {facts['rounds']} rounds")
+        rounds = facts["rounds"]
+        print(f"\n{request.node.name}, {rounds} round{'s' if rounds > 1 else ''}")
         for name, row in rows.items():
             if "absent" in row:
                 print(f"  {name:<28} not measured: {row['absent']}")

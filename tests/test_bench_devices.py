@@ -3,6 +3,8 @@
 What is left to a real one: gradients, and with them attention's bench; dropout's mask.
 """
 
+import dataclasses
+
 import pytest
 import torch
 from fake_gpu import fake_gpu
@@ -14,9 +16,11 @@ from bench import (
     bench_scaling,
     bench_zero_cost,
     cases,
+    measure,
 )
 from bench.baselines.image_models import IMAGE_MODELS
-from zeroi2v import VideoViT
+from zeroi2v import VideoViT, merge
+from zeroi2v.reparam import seeded_clips
 
 BENCHES = {
     "zero_cost": bench_zero_cost.bench_zero_cost,
@@ -56,6 +60,7 @@ def test_bench_has_all_of_its_tensors_on_the_gpu(name, dtype, monkeypatch):
         given["monkeypatch"] = monkeypatch
     if name == "adapter_linear":
         given["direction"] = "forward"
+    monkeypatch.setattr(bench_zero_cost, "need_memory", lambda wanted, device: None)
     with fake_gpu(monkeypatch):
         if name in ("zero_cost", "throughput", "rivals"):
             given["case"] = cases.build("B/16", 8, timed=False, device="cuda")
@@ -72,3 +77,26 @@ def test_image_model_has_parameters_and_buffers_where_the_weights_are(name, monk
         theirs = IMAGE_MODELS[name](image)
         held = [*theirs.named_parameters(), *theirs.named_buffers()]
         assert {tensor.device.type for _, tensor in held} == {"cuda"}
+
+
+@torch.no_grad()
+def test_memory_of_a_forward_is_foreseen():
+    case = cases.build("B/16", 8, timed=False, device="cpu")
+    size = dict(width=192, image_size=64, head_offsets=(1, -1, 0), num_heads=3)
+    adapted = cases.adapted_model(dataclasses.replace(case.adapted.config, **size), "cpu")
+    models = (adapted, merge(adapted), merge(adapted))
+    video = seeded_clips(adapted, count=4)
+    _, contestants, _ = bench_zero_cost.line_up(*models, video)
+    wanted = bench_zero_cost.forward_bytes(models[1].config, 4, torch.float32)
+    peaks = {n: measure.run_counting_memory(run, "cpu")[1] for n, run in contestants.items()}
+    largest = max(peaks["transformers CLIP"], peaks["merged"], peaks["plain image ViT"])
+    assert 0.8 * wanted < largest <= wanted, (wanted, peaks)
+
+
+def test_a_gpu_without_the_memory_skips_the_bench_and_says_both_figures(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(2e9), int(80e9)))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: int(1.5e9))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: int(1e9))
+    bench_zero_cost.need_memory(int(2.5e9), "cuda")
+    with pytest.raises(pytest.skip.Exception, match="about 2.6 GB of GPU memory: 2.5 free"):
+        bench_zero_cost.need_memory(int(2.6e9), "cuda")

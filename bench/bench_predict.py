@@ -47,7 +47,7 @@ def bench_predict(tmp_path, compare, timed):
 
     compare(
         {
-            FLOOR: lambda: fresh("-c", "import torch"),
+            **({FLOOR: lambda: fresh("-c", "import torch")} if timed else {}),
             "folder": predict("folder"),
             **{format: predict(name) for format, name in FILES.items()},
         },

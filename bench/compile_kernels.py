@@ -20,7 +20,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from importlib import import_module
 from pathlib import Path
 
 import triton
@@ -28,13 +27,9 @@ import zeroi2v_kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench.compile_cases import Case, cases
 from bench.machine_code import listing, unwritten_reads
 
-# Modules with `compile_cases(arch)`; see `zeroi2v_kernels.stdha_launch.compile_cases`.
-MODULES = [
-    f"zeroi2v_kernels.{name}"
-    for name in ("stdha_launch", "adapter_linear_triton", "activation", "norm")
-]
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 163, 90: 227, 100: 227}  # KiB a program may use
 SHARED_OF_SM = {80: 164, 90: 228, 100: 228}  # KiB, of which each program takes 1 more
@@ -43,10 +38,6 @@ TENSOR_COLUMNS = 512  # of an SM's tensor memory, on 10.0
 TENSOR_CORES = {80: "HMMA.", 90: "HGMMA.", 100: "UTCHMMA"}  # instruction of each generation
 TABLE = Path(__file__).parents[1] / "docs" / "benchmarks" / "kernels.md"
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-
-
-def cases(arch: int) -> list[dict]:
-    return [case for module in MODULES for case in import_module(module).compile_cases(arch)]
 
 
 def everything() -> list[tuple[int, int]]:
@@ -68,7 +59,7 @@ def one_of_each() -> list[tuple[int, int]]:
     """The last case of every kernel on every architecture."""
     last = {}
     for arch, index in everything():
-        last[arch, cases(arch)[index]["kernel"].__name__] = arch, index
+        last[arch, cases(arch)[index].kernel.__name__] = arch, index
     return list(last.values())
 
 
@@ -79,27 +70,24 @@ def source_hash() -> str:
     """
     digest = hashlib.sha256()
     for path in sorted(Path(zeroi2v_kernels.__file__).parent.glob("*.py")):
-        text = path.read_text(encoding="utf-8")
-        if "@triton.jit" in text:
-            tree = ast.parse(text)
-            for node in ast.walk(tree):
-                match node:
-                    case ast.Module(body=body) | ast.FunctionDef(body=body):
-                        if ast.get_docstring(node) is not None:
-                            body[0] = ast.Pass()
-            digest.update(ast.unparse(tree).encode())
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            decorators = ast.unparse(getattr(node, "decorator_list", []))
+            if isinstance(node, ast.FunctionDef) and "triton.jit" in decorators:
+                if ast.get_docstring(node) is not None:
+                    del node.body[0]
+                digest.update(ast.unparse(node).encode())
     for arch in ARCHITECTURES:
         for case in cases(arch):
-            values = {key: case[key] for key in ("name", "types", "constants", "options")}
+            values = (case.name, case.types, case.constants, case.options)
             digest.update(json.dumps(values, default=str).encode())
     return digest.hexdigest()[:16]
 
 
-def measure(case: dict, arch: int) -> dict:
+def measure(case: Case, arch: int) -> dict:
     """Compiles `case`; returns its registers, memory (KiB shared), and counts of instructions."""
-    kernel, constants = case["kernel"], case["constants"]
+    kernel, constants = case.kernel, case.constants
     names = kernel.arg_names
-    signature = {name: case["types"].get(name, "constexpr") for name in names}
+    signature = {name: case.types.get(name, "constexpr") for name in names}
     aligned = [
         (i,)
         for i, name in enumerate(names)
@@ -111,7 +99,7 @@ def measure(case: dict, arch: int) -> dict:
         {(names.index(name),): value for name, value in constants.items()},
         {index: [["tt.divisibility", 16]] for index in aligned},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=case["options"])
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=case.options)
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(compiled.asm["cubin"])
@@ -121,7 +109,7 @@ def measure(case: dict, arch: int) -> dict:
     registers = int(re.search(r"REG:(\d+)", usage)[1])
     shared = compiled.metadata.shared / 1024
     columns = getattr(compiled.metadata, "tmem_size", None) or 0
-    threads = 32 * case["options"]["num_warps"]
+    threads = 32 * case.options["num_warps"]
     limits = [
         65536 // (-(-registers // 8) * 8 * threads),
         int(SHARED_OF_SM[arch] // (shared + 1)),
@@ -141,7 +129,7 @@ def measure(case: dict, arch: int) -> dict:
     )
 
 
-def faults(case: dict, arch: int, got: dict) -> list[str]:
+def faults(case: Case, arch: int, got: dict) -> list[str]:
     """What is wrong with a compiled kernel, in words; empty if nothing is."""
     used = {a for a, count in got["tensor_core"].items() if count}
     found = {
@@ -150,7 +138,7 @@ def faults(case: dict, arch: int, got: dict) -> list[str]:
         f"{got['shared']:.0f} KiB shared": got["shared"] > SHARED_LIMIT[arch],
         f"{got['columns']} tensor memory columns": got["columns"] > TENSOR_COLUMNS,
         "no 16-byte loads": not got["wide_loads"],
-        f"tensor cores of {sorted(used)}": case["tensor_cores"] and used != {arch},
+        f"tensor cores of {sorted(used)}": case.tensor_cores and used != {arch},
     }
     return [*(fault for fault, is_there in found.items() if is_there), *got["unwritten_reads"]]
 
@@ -161,10 +149,10 @@ def judge(chosen: tuple[int, int]) -> tuple[str, list[str]]:
     case = cases(arch)[index]
     got = measure(case, arch)
     row = (
-        f"| {case['name']} | {arch} | {case['options']['num_warps']} | {got['registers']} "
+        f"| {case.name} | {arch} | {case.options['num_warps']} | {got['registers']} "
         f"| {got['shared']:.1f} | {got['columns']} | {got['programs']} |"
     )
-    return row, [f"{case['name']} sm_{arch}: {fault}" for fault in faults(case, arch, got)]
+    return row, [f"{case.name} sm_{arch}: {fault}" for fault in faults(case, arch, got)]
 
 
 def run(chosen: Sequence[tuple[int, int]]) -> tuple[str, list[str]]:

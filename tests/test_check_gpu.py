@@ -9,6 +9,8 @@ import pytest
 
 from bench import check_gpu
 from bench.check_gpu import STEPS, Step, check, main
+from zeroi2v.doctor import Check, render
+from zeroi2v.probes import FRAMES
 
 PASSES = "print('3 passed in 0.1s')"
 
@@ -126,6 +128,11 @@ def test_dry_form_goes_through_all_steps(tmp_path, capsys):
     assert {s["said"] for s in report["steps"] if s["status"] == "skipped"} == {"needs CUDA"}
     assert "left out, for they need CUDA: CUDA graph" in str(report)
     assert out.splitlines()[-1].startswith("3 passed, 0 failed, 12 skipped: ")
+
+    found = json.loads((tmp_path / "check_doctor.log").read_text())["checks"]
+    screen = render([Check(**row) for row in found]).splitlines()
+    assert len(screen) <= 45 and max(map(len, screen)) <= 80
+    assert all(codec in str(found) for codec in FRAMES)
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):

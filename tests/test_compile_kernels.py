@@ -52,7 +52,7 @@ def test_the_table_holds_every_kernel_and_configuration_for_every_architecture()
         (name.removeprefix("| "), arch) for name, arch, *_ in (r for r in rows if len(r) == 2)
     ]
     shipped = [
-        (case["name"], str(arch))
+        (case.name, str(arch))
         for arch in compile_kernels.ARCHITECTURES
         for case in compile_kernels.cases(arch)
     ]
@@ -69,12 +69,14 @@ def test_the_hash_follows_the_code_of_kernels_and_their_cases_alone(tmp_path, mo
     monkeypatch.setattr(compile_kernels.zeroi2v_kernels, "__file__", str(tmp_path / "__init__.py"))
     before = compile_kernels.source_hash()
     text = (folder / "norm.py").read_text()
-    (tmp_path / "norm.py").write_text("# A comment.\n" + text)
-    assert compile_kernels.source_hash() == before
-    (tmp_path / "norm.py").write_text(
-        text.replace("@triton.jit", "CHANGED = 1\n\n\n@triton.jit", 1)
-    )
-    assert compile_kernels.source_hash() != before
+    for old, new, changes in (
+        ("    columns = tl.arange", "    # A comment.\n    columns = tl.arange", False),
+        ("WARPS = 4", "WARPS = 4\nUNUSED = 1", False),
+        ("mean = tl.sum(total, 1) / C", "mean = tl.sum(total, 1) / (C + 1)", True),
+    ):
+        assert old in text
+        (tmp_path / "norm.py").write_text(text.replace(old, new))
+        assert (compile_kernels.source_hash() != before) == changes
     (tmp_path / "norm.py").write_text(text)
     cases = compile_kernels.cases
     monkeypatch.setattr(compile_kernels, "cases", lambda arch: cases(arch)[1:])
@@ -86,18 +88,18 @@ def test_cases_cover_every_launch_table_head_width_and_dtype():
     from zeroi2v_kernels.device import TRITON_DTYPES, TRITON_WIDTHS
 
     for arch in compile_kernels.ARCHITECTURES:
-        names = {case["name"] for case in compile_kernels.cases(arch)}
+        names = {case.name for case in compile_kernels.cases(arch)}
         for width in TRITON_WIDTHS:
             for dtype in TRITON_DTYPES:
                 tail = f"D={width} {stdha_launch.ELEMENTS[dtype]}"
                 for kernel in ("forward_streamed", "backward_query", "backward_key_value"):
                     assert f"stdha {kernel} M=577 N=577 {tail}" in names
-        launches = {case["options"]["num_warps"] for case in compile_kernels.cases(arch)}
+        launches = {case.options["num_warps"] for case in compile_kernels.cases(arch)}
         assert launches == {4, 8, 16}
 
 
 def test_every_fault_is_named():
-    case = dict(tensor_cores=True)
+    case = compile_kernels.Case("a", None, {}, {}, {}, tensor_cores=True)
     good = dict(
         registers=128,
         spills=0,

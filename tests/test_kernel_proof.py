@@ -49,7 +49,8 @@ class Miscompiled:
             self.runs += 1
             if self.fault == "crash":
                 raise RuntimeError("no registers left")
-            written = [x for x in arguments if isinstance(x, torch.Tensor) and x.isnan().any()]
+            tensors = [x for x in (*arguments, *options.values()) if isinstance(x, torch.Tensor)]
+            written = [x for x in tensors if x.isnan().any()]
             self.kernel[grid](*arguments, **options)
             for x in written:
                 flat = x.view(-1)

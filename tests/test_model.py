@@ -14,7 +14,7 @@ from zeroi2v.reparam import merge
 SHAPES = {
     "B/16": dict(width=768, depth=12, num_heads=12, patch_size=16),
     "B/32": dict(width=768, depth=12, num_heads=12, patch_size=32),
-    "L/14": dict(width=1024, depth=24, num_heads=16, patch_size=14),
+    "L/14": dict(width=1024, depth=6, num_heads=16, patch_size=14),  # a quarter as deep
 }
 
 

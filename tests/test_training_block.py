@@ -19,6 +19,7 @@ from bench.baselines import naive_block as naive_module
 from bench.baselines.naive_block import naive_block
 from bench.measure import run_counting_memory
 from zeroi2v.config import RECIPES, AdapterConfig, ModelConfig
+from zeroi2v.model import vit
 from zeroi2v.model.training_block import block_backward, block_forward, can_train
 from zeroi2v.model.vit import Block
 from zeroi2v.train.distributed import end_processes, start_processes
@@ -33,6 +34,7 @@ def build_block(config: ModelConfig, seed: int = 0) -> Block:
     block = randomize(Block(config), seed)
     for name, parameter in block.named_parameters():
         parameter.requires_grad = "_adapter." in name
+    block.memory = "save"
     return block
 
 
@@ -350,6 +352,21 @@ def test_a_trainable_backbone_is_trained_by_plain_autograd():
     assert any(p is block.mlp.c_fc.weight for p in inputs)
     expected = value_and_grads(naive_block(block, x), inputs)
     assert_close(value_and_grads(block(x), inputs), expected, 1e-10)
+
+
+def test_freezing_chooses_the_training_block_and_nothing_else_does(monkeypatch):
+    used = []
+    monkeypatch.setattr(vit, "training_block", lambda block, x, _: used.append(block.memory) or x)
+    model = build(small_config())
+    video = torch.zeros(1, 3, model.config.num_frames, *2 * [model.config.image_size])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "_adapter." in name
+    model.tokens(video)
+    assert used == []
+    model.freeze().tokens(video)
+    assert used == ["save"] * model.config.depth
+    model.set_memory("lean").freeze().tokens(video)
+    assert used[model.config.depth :] == ["lean"] * model.config.depth
 
 
 def test_nothing_is_kept_where_no_gradient_is_wanted():

@@ -34,14 +34,6 @@ MODEL = dict(
     head_offsets=[-1, 1], preprocess=dict(sampling="uniform", val_short_side=32),
 )  # fmt: skip
 
-# What a run imports sooner or later; the optimizer's module imports PyTorch's whole compiler.
-PRELOADED = (
-    "deepspeed.runtime.zero.muon.original_muon",
-    "nvidia.dali.plugin.pytorch",
-    "zeroi2v.data.graph",
-    "zeroi2v.train.main",
-)
-
 # What Python prints in a decoding process whose parent is killed before it has told it what to do.
 STARTING_WORKER = re.compile(
     r"Traceback.*\n(?:  .*\n)*  .*spawn_main\n(?:  .*\n)*EOFError: Ran out of input\n"
@@ -132,7 +124,7 @@ def held_port() -> Iterator[int]:
 def server() -> multiprocessing.context.BaseContext:
     """Forks processes from one that has imported all, which spares seconds, and has no threads."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOADED, "training"])
+    context.set_forkserver_preload(["preloaded", "training"])
     path = os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = f"{Path(__file__).parent}:{ROOT}:{path}"
     forkserver.ensure_running()

@@ -26,8 +26,8 @@ from zeroi2v_kernels.dot import INTERPRET
 
 KINDS = ("quick_gelu", "gelu")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_BLOCK = (4, 1024)  # rows and columns of a program's tile
-_WARPS = 8
+BLOCK = (4, 1024)  # rows and columns of a program's tile
+WARPS = 8
 
 
 def bias_activation_reference(x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
@@ -100,16 +100,28 @@ def _activation_bwd_kernel(
     tl.store(out_ptr + offsets, (grad * slope).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _run(kernel, tensors: tuple[Tensor | None, ...], kind: str, has_bias: bool) -> None:
-    """Runs `kernel` over the rows of its last tensor, its output."""
-    columns = tensors[-1].shape[-1]
-    num_rows = tensors[-1].numel() // max(columns, 1)
-    grid = (triton.cdiv(num_rows, _BLOCK[0]) * triton.cdiv(columns, _BLOCK[1]),)
-    constants = (columns, has_bias, kind == "quick_gelu", *_BLOCK)
+def _run(
+    x: Tensor, bias: Tensor | None, kind: str, out: Tensor, grad: Tensor | None = None
+) -> None:
+    """Writes the activation of `x + bias` to `out`, or with `grad` the gradient of x."""
+    kernel = _activation_fwd_kernel if grad is None else _activation_bwd_kernel
+    columns = x.shape[-1]
+    num_rows = x.numel() // max(columns, 1)
     if num_rows and columns:
-        with on_device(tensors[-1]):
-            tensors = [packed(x) for x in tensors]
-            kernel[grid](*tensors, num_rows, *constants, num_warps=_WARPS)
+        with on_device(x):
+            kernel[(triton.cdiv(num_rows, BLOCK[0]) * triton.cdiv(columns, BLOCK[1]),)](
+                **({} if grad is None else dict(grad_ptr=packed(grad))),
+                x_ptr=packed(x),
+                bias_ptr=packed(bias),
+                out_ptr=out,
+                num_rows=num_rows,
+                COLUMNS=columns,
+                HAS_BIAS=bias is not None,
+                QUICK=kind == "quick_gelu",
+                BLOCK_ROWS=BLOCK[0],
+                BLOCK_COLUMNS=BLOCK[1],
+                num_warps=WARPS,
+            )
 
 
 def _trusted(kernel, x: Tensor, bias: Tensor | None, kind: str) -> bool:
@@ -128,11 +140,11 @@ def _configuration(kernel, dtype, bias_dtype, columns: int, kind: str) -> proof.
         grads = [] if direction == "forward" else [grad]
         return proof.Trial(
             [torch.empty_like(x)],
-            lambda out: _run(kernel, (*grads, x, bias, out), kind, bias is not None),
+            lambda out: _run(x, bias, kind, out, *grads),
             [bounds.activation(x, bias, kind, *grads)],
         )
 
-    return proof.Configuration(name.replace("torch.", ""), (_BLOCK, _WARPS), trial)
+    return proof.Configuration(name.replace("torch.", ""), (BLOCK, WARPS), trial)
 
 
 @torch.library.custom_op("zeroi2v::activation_forward", mutates_args=())
@@ -142,7 +154,7 @@ def activation_forward(x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
         wide = None if bias is None else bias.float()
         return bias_activation_reference(x.float(), wide, kind).to(x.dtype).contiguous()
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _run(_activation_fwd_kernel, (x, bias, out), kind, bias is not None)
+    _run(x, bias, kind, out)
     return out
 
 
@@ -157,7 +169,7 @@ def activation_backward(grad: Tensor, x: Tensor, bias: Tensor | None, kind: str)
     if not _trusted(_activation_bwd_kernel, x, bias, kind):
         return _plain_gradient(grad, x, bias, kind)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _run(_activation_bwd_kernel, (grad.to(x.dtype), x, bias, out), kind, bias is not None)
+    _run(x, bias, kind, out, grad.to(x.dtype))
     return out
 
 
@@ -198,26 +210,3 @@ def shipped(device: torch.device) -> Iterator[proof.Configuration]:
     kernels = (_activation_fwd_kernel, _activation_bwd_kernel)
     for kernel, kind, has_bias, dtype in product(kernels, KINDS, (False, True), _DTYPES):
         yield _configuration(kernel, dtype, dtype if has_bias else None, 3072, kind)
-
-
-def compile_cases(arch: int) -> Iterator[dict]:
-    """Every kernel and configuration shipped for `arch`, as `stdha_launch.compile_cases`."""
-    for kernel, direction in (
-        (_activation_fwd_kernel, "forward"),
-        (_activation_bwd_kernel, "backward"),
-    ):
-        for kind, has_bias, element in product(KINDS, (False, True), ("bf16", "fp16", "fp32")):
-            constants = dict(
-                COLUMNS=3072, HAS_BIAS=has_bias, QUICK=kind == "quick_gelu",
-                BLOCK_ROWS=_BLOCK[0], BLOCK_COLUMNS=_BLOCK[1],
-            )  # fmt: skip
-            constants |= {} if has_bias else {"bias_ptr": None}
-            names = [name for name in kernel.arg_names if name not in constants]
-            yield dict(
-                name=f"{kind} {direction} {element}{' of a sum' * has_bias}",
-                kernel=kernel,
-                types={n: f"*{element}" if n.endswith("_ptr") else "i32" for n in names},
-                constants=constants,
-                options=dict(num_warps=_WARPS),
-                tensor_cores=False,
-            )

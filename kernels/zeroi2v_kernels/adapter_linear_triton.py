@@ -42,11 +42,11 @@ LAUNCH = {
     90: {192: Launch(128, 64, 32, 8, 2), 256: Launch(64, 64, 64, 8, 2)},
     100: {192: Launch(128, 64, 64, 8, 2), 256: Launch(64, 64, 64, 8, 2)},
 }
-_DROPOUT_BLOCK = (16, 256)
+DROPOUT_BLOCK = (16, 256)
 # What stands for all that is used: channels, rank, dtype; and
 # whether backward, dropout in 2^-16, dtype of the residual.
-_SHAPES = [(768, 192, "bf16"), (1024, 256, "bf16"), (768, 192, "fp16"), (192, 48, "bf16")]
-_KINDS = [
+SHAPES = [(768, 192, "bf16"), (1024, 256, "bf16"), (768, 192, "fp16"), (192, 48, "bf16")]
+KINDS = [
     *((False, 0, None), (False, 0, "same"), (False, 6554, None), (False, 6554, "same")),
     *((False, 6554, "fp32"), (True, 0, None), (True, 6554, None)),
 ]
@@ -213,17 +213,28 @@ def _run_bottleneck(
 ) -> None:
     _check_device(x)
     (num_rows, width), rank, backward = x.shape, middle.shape[1], biases is None
-    constants, options = _plan(
+    constants, options = plan_bottleneck(
         width, rank, backward, residual is not None, place, dropped, arch_of(x.device)
     )
     first_bias, second_bias = (None, None) if backward else biases
-    reads = [packed(t) for t in (x, first, first_bias, second, second_bias, residual)]
-    factors = (scale, 1.0) if backward else (1.0, scale)
     if num_rows:
         with on_device(x):
-            grid = (triton.cdiv(num_rows, constants["BLOCK_M"]),)
-            tensors = (*reads, seed, out, middle)
-            _bottleneck_kernel[grid](*tensors, num_rows, *factors, **constants, **options)
+            _bottleneck_kernel[(triton.cdiv(num_rows, constants["BLOCK_M"]),)](
+                x_ptr=packed(x),
+                first_ptr=packed(first),
+                first_bias_ptr=packed(first_bias),
+                second_ptr=packed(second),
+                second_bias_ptr=packed(second_bias),
+                residual_ptr=packed(residual),
+                seed_ptr=seed,
+                out_ptr=out,
+                mid_ptr=middle,
+                num_rows=num_rows,
+                first_scale=scale if backward else 1.0,
+                scale=1.0 if backward else scale,
+                **constants,
+                **options,
+            )
 
 
 def dropout(x: Tensor, dropped: int, seed: Tensor, place: int) -> Tensor:
@@ -242,10 +253,13 @@ def dropout(x: Tensor, dropped: int, seed: Tensor, place: int) -> Tensor:
 def _run_dropout(x: Tensor, dropped: int, seed: Tensor, place: int, out: Tensor) -> None:
     num_rows, rank = x.shape
     if num_rows:
-        grid = tuple(triton.cdiv(n, b) for n, b in zip(x.shape, _DROPOUT_BLOCK, strict=True))
+        grid = tuple(triton.cdiv(n, b) for n, b in zip(x.shape, DROPOUT_BLOCK, strict=True))
         with on_device(x):
-            constants = (rank, place, dropped, *_DROPOUT_BLOCK)
-            _dropout_kernel[grid](packed(x), seed, out, num_rows, *constants)
+            tile = dict(zip(("BLOCK_M", "BLOCK_R"), DROPOUT_BLOCK, strict=True))
+            constants = dict(R=rank, PLACE=place, DROPPED=dropped) | tile
+            _dropout_kernel[grid](
+                x_ptr=packed(x), seed_ptr=seed, out_ptr=out, num_rows=num_rows, **constants
+            )
 
 
 def mask(num_rows: int, rank: int, dropped: int, seed: Tensor, place: int) -> Tensor:
@@ -296,7 +310,7 @@ def takes(
 def _bottleneck_trial(device, dtype, width, rank, backward, dropped, place, residual_dtype):
     """The configuration of `_bottleneck_kernel`."""
     has_residual = residual_dtype is not None
-    plan = _plan(width, rank, backward, has_residual, place, dropped, arch_of(device))
+    plan = plan_bottleneck(width, rank, backward, has_residual, place, dropped, arch_of(device))
     name = f"adapter {'backward' if backward else 'forward'} C={width} R={rank} {dtype}"
     name += f" dropout {dropped} place {place}" * bool(dropped)
     name += f" residual {residual_dtype}" * has_residual
@@ -337,21 +351,21 @@ def _dropout_trial(dtype, rank, dropped, place) -> proof.Configuration:
         )
 
     name = f"adapter dropout R={rank} {dtype} dropout {dropped} place {place}"
-    return proof.Configuration(name.replace("torch.", ""), _DROPOUT_BLOCK, trial)
+    return proof.Configuration(name.replace("torch.", ""), DROPOUT_BLOCK, trial)
 
 
 def shipped(device: torch.device) -> Iterator[proof.Configuration]:
     """What `shipped.prove_shipped` proves of adapters."""
-    for width, rank, element in _SHAPES:
+    for width, rank, element in SHAPES:
         dtype = torch.bfloat16 if element == "bf16" else torch.float16
-        for backward, dropped, residual in _KINDS:
+        for backward, dropped, residual in KINDS:
             stream = {None: None, "same": dtype, "fp32": torch.float32}[residual]
             yield _bottleneck_trial(device, dtype, width, rank, backward, dropped, 0, stream)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         yield _dropout_trial(dtype, 192, 6554, 0)
 
 
-def _plan(width, rank, backward, has_residual, place, dropped, arch):
+def plan_bottleneck(width, rank, backward, has_residual, place, dropped, arch):
     """Constants and options of `_bottleneck_kernel`."""
     launch = LAUNCH[arch][192 if rank <= 192 else 256]
     size_a = max(16, 1 << (rank.bit_length() - 1))
@@ -367,37 +381,3 @@ def _plan(width, rank, backward, has_residual, place, dropped, arch):
 def _check_device(x: Tensor) -> None:
     if not (x.is_cuda or INTERPRET):
         raise ValueError(f"x must be on a CUDA device: got {x.device}")
-
-
-def compile_cases(arch: int) -> Iterator[dict]:
-    """Every kernel and configuration shipped for `arch`, as `stdha_launch.compile_cases`."""
-    for width, rank, element in _SHAPES:
-        for backward, dropped, residual in _KINDS:
-            constants, options = _plan(width, rank, backward, bool(residual), 0, dropped, arch)
-            absent = ["first_bias_ptr", "second_bias_ptr"] * backward
-            absent += ["residual_ptr"] * (not residual) + ["seed_ptr"] * (not dropped)
-            types = dict.fromkeys(_bottleneck_kernel.arg_names, f"*{element}")
-            types |= dict(seed_ptr="*i64", num_rows="i32", first_scale="fp32", scale="fp32")
-            if residual == "fp32":
-                types |= dict(residual_ptr="*fp32", out_ptr="*fp32")
-            constants |= dict.fromkeys(absent)
-            flags = " dropout" * bool(dropped) + f" residual {residual}" * bool(residual)
-            yield dict(
-                name=f"adapter {'backward' if backward else 'forward'} C={width} R={rank} "
-                f"{element}{flags}",
-                kernel=_bottleneck_kernel,
-                types={name: kind for name, kind in types.items() if name not in constants},
-                constants=constants,
-                options=options,
-                tensor_cores=True,
-            )
-    for element in ("bf16", "fp16", "fp32"):
-        rows, columns = _DROPOUT_BLOCK
-        yield dict(
-            name=f"adapter dropout R=192 {element}",
-            kernel=_dropout_kernel,
-            types=dict(x_ptr=f"*{element}", seed_ptr="*i64", out_ptr=f"*{element}", num_rows="i32"),
-            constants=dict(R=192, PLACE=0, DROPPED=6554, BLOCK_M=rows, BLOCK_R=columns),
-            options=dict(num_warps=4),
-            tensor_cores=False,
-        )

@@ -29,9 +29,9 @@ from zeroi2v_kernels.device import on_device, packed
 from zeroi2v_kernels.dot import INTERPRET
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_WARPS = 4
-_SUMMER_WARPS = 8  # of programs that sum weight gradients
-_ROWS = 2  # of a program's tile
+WARPS = 4
+SUMMER_WARPS = 8  # of programs that sum weight gradients
+TILE_ROWS = 2  # of a program's tile
 _SUMMERS = 4 if INTERPRET else 512  # how many of those
 
 
@@ -161,12 +161,25 @@ def norm_forward(
 
 def _run_forward(x, residual, weight, bias, eps, normed, total, mean, rstd) -> None:
     columns, num_rows = x.shape[-1], mean.numel()
-    tensors = (packed(x), packed(residual), packed(weight), packed(bias), normed, total, mean, rstd)
-    constants = (columns, residual is not None, _ROWS, triton.next_power_of_2(columns))
     if num_rows:
         with on_device(x):
-            grid = (triton.cdiv(num_rows, _ROWS),)
-            _norm_fwd_kernel[grid](*tensors, num_rows, eps, *constants, num_warps=_WARPS)
+            _norm_fwd_kernel[(triton.cdiv(num_rows, TILE_ROWS),)](
+                x_ptr=packed(x),
+                residual_ptr=packed(residual),
+                weight_ptr=packed(weight),
+                bias_ptr=packed(bias),
+                normed_ptr=normed,
+                total_ptr=total,
+                mean_ptr=mean,
+                rstd_ptr=rstd,
+                num_rows=num_rows,
+                eps=eps,
+                C=columns,
+                HAS_RESIDUAL=residual is not None,
+                ROWS=TILE_ROWS,
+                BLOCK_C=triton.next_power_of_2(columns),
+                num_warps=WARPS,
+            )
 
 
 def _forward_trial(x_dtype, residual_dtype, weight_dtype, bias_dtype, dtype, columns):
@@ -189,7 +202,7 @@ def _forward_trial(x_dtype, residual_dtype, weight_dtype, bias_dtype, dtype, col
         truths = bounds.norm(x, residual, weight, bias, 1e-5, dtype)
         return proof.Trial([normed, *totals, mean, rstd], run, truths)
 
-    return proof.Configuration(name.replace("torch.", ""), (_ROWS, _WARPS), trial)
+    return proof.Configuration(name.replace("torch.", ""), (TILE_ROWS, WARPS), trial)
 
 
 def _outputs(x, residual, dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -230,7 +243,7 @@ def _gradients(total: Tensor, sums: bool) -> tuple[Tensor, Tensor, Tensor]:
     """What the kernel writes: of the sum, and of weight and bias by program."""
     out = torch.empty_like(total, memory_format=torch.contiguous_format)
     columns = total.shape[-1]
-    tiles = triton.cdiv(total.numel() // max(columns, 1), _ROWS)
+    tiles = triton.cdiv(total.numel() // max(columns, 1), TILE_ROWS)
     shape = (min(tiles, _SUMMERS) if sums else 0, columns)
     return out, *(total.new_empty(shape, dtype=torch.float32) for _ in range(2))
 
@@ -239,15 +252,27 @@ def _run_backward(
     grad, total_grad, total, mean, rstd, weight, sums, out, weight_sums, bias_sums
 ) -> None:
     columns, num_rows = total.shape[-1], mean.numel()
-    reads = [packed(x) for x in (grad, total_grad, total, mean, rstd, weight)]
-    block = triton.next_power_of_2(columns)
-    constants = (columns, total_grad is not None, sums, _ROWS, block)
     if num_rows:
         with on_device(total):
-            programs = weight_sums.shape[0] if sums else triton.cdiv(num_rows, _ROWS)
-            warps = _SUMMER_WARPS if sums else _WARPS
-            tensors = (*reads, out, weight_sums, bias_sums)
-            _norm_bwd_kernel[(programs,)](*tensors, num_rows, *constants, num_warps=warps)
+            programs = weight_sums.shape[0] if sums else triton.cdiv(num_rows, TILE_ROWS)
+            _norm_bwd_kernel[(programs,)](
+                grad_ptr=packed(grad),
+                total_grad_ptr=packed(total_grad),
+                total_ptr=packed(total),
+                mean_ptr=packed(mean),
+                rstd_ptr=packed(rstd),
+                weight_ptr=packed(weight),
+                out_ptr=out,
+                weight_sums_ptr=weight_sums,
+                bias_sums_ptr=bias_sums,
+                num_rows=num_rows,
+                C=columns,
+                HAS_TOTAL_GRAD=total_grad is not None,
+                SUMS=sums,
+                ROWS=TILE_ROWS,
+                BLOCK_C=triton.next_power_of_2(columns),
+                num_warps=SUMMER_WARPS if sums else WARPS,
+            )
 
 
 def _backward_trial(grad_dtype, passed_dtype, dtype, weight_dtype, sums, columns):
@@ -256,7 +281,7 @@ def _backward_trial(grad_dtype, passed_dtype, dtype, weight_dtype, sums, columns
     name += f" passed {passed_dtype}" * bool(passed_dtype) + " sums" * sums
 
     def trial(generator: torch.Generator) -> proof.Trial:
-        rows = 2 * _SUMMERS * _ROWS + 1 if sums else 7  # the programs that sum go round
+        rows = 2 * _SUMMERS * TILE_ROWS + 1 if sums else 7  # the programs that sum go round
         total = 3 * proof.draw(generator, (rows, columns), dtype) + 1
         grad = proof.draw(generator, (rows, columns), grad_dtype)
         passed = passed_dtype and proof.draw(generator, (rows, columns), passed_dtype)
@@ -275,7 +300,7 @@ def _backward_trial(grad_dtype, passed_dtype, dtype, weight_dtype, sums, columns
         truths = bounds.norm_gradient(*inputs)[: 1 + len(wanted)]
         return proof.Trial([out, *wanted], run, list(truths))
 
-    settings = (_ROWS, _SUMMERS, _SUMMER_WARPS if sums else _WARPS)
+    settings = (TILE_ROWS, _SUMMERS, SUMMER_WARPS if sums else WARPS)
     return proof.Configuration(name.replace("torch.", ""), settings, trial)
 
 
@@ -338,33 +363,3 @@ def shipped(device: torch.device) -> Iterator[proof.Configuration]:
         x_dtype = dtype if is_sum else stream
         yield _forward_trial(x_dtype, residual, torch.float32, torch.float32, dtype, columns)
         yield _backward_trial(dtype, residual, stream, torch.float32, is_sum, columns)
-
-
-def compile_cases(arch: int) -> Iterator[dict]:
-    """Every kernel and configuration shipped for `arch`, as `stdha_launch.compile_cases`."""
-    dtypes = [  # of the branch and what is normalised, and of the residual stream
-        *(("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"), ("bf16", "fp32")),
-    ]
-    for width, (element, stream), is_sum in product((768, 1024), dtypes, (False, True)):
-        tile = dict(C=width, ROWS=_ROWS, BLOCK_C=triton.next_power_of_2(width))
-        absent = [] if is_sum else ["residual_ptr"]
-        forward = dict(HAS_RESIDUAL=is_sum, **dict.fromkeys(absent)) | tile
-        absent = [] if is_sum else ["total_grad_ptr"]
-        backward = dict(HAS_TOTAL_GRAD=is_sum, SUMS=is_sum, **dict.fromkeys(absent)) | tile
-        streams = ["residual_ptr", "total_ptr", "total_grad_ptr", "out_ptr"]
-        streams += [] if is_sum else ["x_ptr"]
-        for kernel, constants in ((_norm_fwd_kernel, forward), (_norm_bwd_kernel, backward)):
-            types = dict.fromkeys(kernel.arg_names, "*fp32")  # weights, statistics, sums
-            types |= dict.fromkeys(("x_ptr", "normed_ptr", "grad_ptr"), f"*{element}")
-            types |= dict.fromkeys(streams, f"*{stream}") | dict(num_rows="i32", eps="fp32")
-            names = [name for name in kernel.arg_names if name not in constants]
-            direction = "forward" if kernel is _norm_fwd_kernel else "backward"
-            yield dict(
-                name=f"layer norm {direction}{' of a sum' * is_sum} C={width} {element}, "
-                f"residual {stream}",
-                kernel=kernel,
-                types={name: types[name] for name in names},
-                constants=constants,
-                options=dict(num_warps=_SUMMER_WARPS if constants.get("SUMS") else _WARPS),
-                tensor_cores=False,
-            )

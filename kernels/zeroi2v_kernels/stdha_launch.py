@@ -149,8 +149,14 @@ def backward(
 def _run_forward(query, key_value, head_offsets, scale, out, lse) -> None:
     query, key_value = _aligned(query), _aligned(key_value)
     plan = plan_forward(query, key_value, head_offsets, arch(query.device))
-    inputs = (*_strides(query), *_strides(key_value), key_value.stride(3))
-    _launch(plan, query, (query, key_value, out, lse, *inputs, query.shape[1], scale * LOG2_E))
+    _launch(
+        plan,
+        query,
+        dict(q_ptr=query, kv_ptr=key_value, out_ptr=out, lse_ptr=lse)
+        | _strides("q", query)
+        | _strides("k", key_value)
+        | dict(T=query.shape[1], scale_log2=scale * LOG2_E),
+    )
 
 
 def _run_backward(
@@ -158,21 +164,20 @@ def _run_backward(
 ) -> None:
     query, key_value, grad = _aligned(query), _aligned(key_value), _aligned(grad)
     out, lse = packed(out), packed(lse)
-    factors = (query.shape[1], scale, scale * LOG2_E)
-    reads = (*_strides(query), *_strides(key_value), key_value.stride(3), *_strides(grad))
-    dquery_strides = _strides(dquery)
-    dkey_strides = (*_strides(dkey_value), dkey_value.stride(3))
     plans = plan_backward(query, key_value, head_offsets, arch(query.device))
-    if "fused" in plans:
-        tensors = (query, key_value, out, lse, grad, dquery, dkey_value)
-        strides = (*reads, *dquery_strides, *dkey_strides)
-        _launch(plans["fused"], query, (*tensors, *strides, *factors))
-    else:
-        delta = torch.empty_like(lse)
-        tensors = (query, key_value, out, lse, grad, dquery, delta)
-        _launch(plans["query"], query, (*tensors, *reads, *dquery_strides, *factors))
-        tensors = (query, key_value, lse, delta, grad, dkey_value)
-        _launch(plans["key_value"], query, (*tensors, *reads, *dkey_strides, *factors))
+    delta = None if "fused" in plans else torch.empty_like(lse)  # from one kernel to the next
+    arguments = (
+        dict(q_ptr=query, kv_ptr=key_value, out_ptr=out, lse_ptr=lse, grad_ptr=grad)
+        | dict(dq_ptr=dquery, dkv_ptr=dkey_value, delta_ptr=delta)
+        | _strides("q", query)
+        | _strides("k", key_value)
+        | _strides("g", grad)
+        | _strides("dq", dquery)
+        | _strides("dk", dkey_value)
+        | dict(T=query.shape[1], scale=scale, scale_log2=scale * LOG2_E)
+    )
+    for plan in plans.values():
+        _launch(plan, query, arguments)
 
 
 def _trusted(direction, query, key_value, head_offsets, named) -> bool:
@@ -304,17 +309,21 @@ def _tail(num_keys: int, block: int) -> int:
     return max(16, triton.next_power_of_2(rest)) if rest else 0
 
 
-def _launch(plan: Plan, query: Tensor, arguments: tuple) -> None:
-    """Runs `plan` on all heads of all frames; few of them share out their queries further."""
+def _launch(plan: Plan, query: Tensor, arguments: dict[str, Tensor | float]) -> None:
+    """Runs `plan` on all heads of all frames; few of them share out their queries further.
+
+    The kernel takes those of `arguments` that it has, by name.
+    """
     batch, frames, num_queries, heads, _ = query.shape
     heads = batch * frames * heads
     grid = (heads * plan.programs,)
     if plan.kernel is kernels._forward_resident_kernel:
         tiles = triton.cdiv(num_queries, plan.launch.block_m)
         grid += (min(tiles, triton.cdiv(_wanted_programs(query.device), heads)),)
+    taken = {name: arguments[name] for name in plan.kernel.arg_names if name in arguments}
     options = dict(num_warps=plan.launch.warps, num_stages=plan.launch.stages)
     with on_device(query):
-        plan.kernel[grid](*arguments, **plan.constants, **options)
+        plan.kernel[grid](**taken, **plan.constants, **options)
 
 
 def _wanted_programs(device: torch.device) -> int:
@@ -340,21 +349,26 @@ def _aligned(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _strides(x: Tensor) -> tuple[int, int, int, int]:
-    """Of clip, frame, token and head; 0 along one element, so that all are multiples of 16."""
-    strides = [stride if size > 1 else 0 for stride, size in zip(x.stride(), x.shape, strict=True)]
-    return (*strides[:3], strides[-2])
+def _strides(name: str, x: Tensor) -> dict[str, int]:
+    """`stride_<name>b` of clips, `t` frames, `n` tokens, `h` heads, and if keys and values are in
+    one, `v` from a key to its value; 0 along one element, so that all are multiples of 16."""
+    axes = "btnhd" if x.ndim == 5 else "btnvhd"
+    return {
+        f"stride_{name}{axis}": stride if size > 1 else 0
+        for axis, stride, size in zip(axes, x.stride(), x.shape, strict=True)
+        if axis != "d"
+    }
 
 
 def shipped(device: torch.device) -> Iterator[proof.Configuration]:
     """What `shipped.prove_shipped` proves of attention."""
-    for num_queries, num_keys, width, dtype, offsets in _shapes():
+    for num_queries, num_keys, width, dtype, offsets in usual_shapes():
         for direction in ("forward", "backward"):
             shape = (num_queries, num_keys, width)
             yield configuration(direction, device, dtype, *shape, offsets)
 
 
-def _shapes() -> list[tuple[int, int, int, torch.dtype, tuple[int, ...]]]:
+def usual_shapes() -> list[tuple[int, int, int, torch.dtype, tuple[int, ...]]]:
     """Queries, keys, width and dtype of a head, and offsets, that stand for all that is used."""
     heads = {768: (-1, 1) + (0,) * 10, 1024: (-1, -1, 1, 1, -2, -2) + (0,) * 10}
     tokens = {50: 768, 101: 768, 197: 768, 257: 1024}  # of a frame, and the model's width
@@ -367,35 +381,3 @@ def _shapes() -> list[tuple[int, int, int, torch.dtype, tuple[int, ...]]]:
         (577, 577, width, dtype, heads[1024]) for width in TRITON_WIDTHS for dtype in TRITON_DTYPES
     ]
     return shapes
-
-
-def compile_cases(arch: int) -> Iterator[dict]:
-    """Every kernel and configuration shipped for `arch`, for tests/test_compile_kernels.py.
-
-    Each is a dict of `name`, `kernel`, `types` (of each argument that is no constant, by name),
-    `constants`, `options` and `tensor_cores` (whether its products should run on them).
-    """
-    for num_queries, num_keys, width, dtype, offsets in _shapes():
-        frames = (1, 8)
-        query = torch.empty(*frames, num_queries, len(offsets), width, dtype=dtype, device="meta")
-        key_value = query.new_empty(*frames, num_keys, 2, len(offsets), width)
-        plans = [plan_forward(query, key_value, offsets, arch)]
-        plans += plan_backward(query, key_value, offsets, arch).values()
-        for plan in plans:
-            kernel = plan.kernel.fn.__name__.strip("_").removesuffix("_kernel")
-            names = [name for name in plan.kernel.arg_names if name not in plan.constants]
-            element = ELEMENTS[dtype]
-            yield dict(
-                name=f"stdha {kernel} M={num_queries} N={num_keys} D={width} {element}",
-                kernel=plan.kernel,
-                types={name: _type_of(name, element) for name in names},
-                constants=plan.constants,
-                options=dict(num_warps=plan.launch.warps, num_stages=plan.launch.stages),
-                tensor_cores=dtype != torch.float32,
-            )
-
-
-def _type_of(argument: str, element: str) -> str:
-    if argument.endswith("_ptr"):
-        return "*fp32" if argument in ("lse_ptr", "delta_ptr") else f"*{element}"
-    return "fp32" if argument.startswith("scale") else "i32"

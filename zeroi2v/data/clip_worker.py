@@ -121,6 +121,34 @@ class ClipPlan:
     """Files that kill who decodes them, with the reasons."""
 
     @property
+    def arrays(self) -> dict[str, type]:
+        """Name and element type of each array that makes a clip, in the order of the graph's input.
+
+        Shapes, and what they hold:
+
+            report    [bytes]         JSON: index, label, is_cut, bad (name of a sample -> reason)
+            geometry  [2, 2]          the size to resize to, and the corner (top, left) of the crop
+            frames    [T, H, W, 3]
+            is_cut    []              whether DALI's decoder makes the frames, of what follows:
+            data      [bytes]         the part of the video's file
+            picks     [T]             numbers of the frames in it
+            colours   [3, 3]          what puts its colours right
+            box       [2, 2]          corner and size of what is used of a frame
+            mirror    []              1 to mirror the clip
+            ops       `draw_ops`
+            erasing   `draw_erasing`
+        """
+        found = dict(report=np.uint8, geometry=np.int32, frames=np.uint8)
+        if self.cutter is not None:
+            found |= dict(is_cut=np.bool_, data=np.uint8, picks=np.int32)
+            found |= dict(colours=np.float32, box=np.int32)
+        if self.augment is not None:
+            found |= dict(mirror=np.int32)
+            found |= dict(ops=np.float32) if self.augment.rand_augment_ops else {}
+            found |= dict(erasing=np.float32) if self.augment.erasing else {}
+        return found
+
+    @property
     def global_batch(self) -> int:
         """Clips of all processes in one step."""
         return self.batch_size * self.world_size * self.accumulation
@@ -153,15 +181,9 @@ class ClipPlan:
 
 
 class ClipSource(FrameReader):
-    """A callable for DALI's external source: SampleInfo -> the arrays of one clip.
+    """A callable for DALI's external source: SampleInfo -> `plan.arrays` of one clip.
 
     DALI's epoch 0 is training epoch `epoch` from micro-batch `start` on; those after it are whole.
-    Returns (report uint8 [n], geometry int32 [2, 2], frames uint8 [T, H, W, 3]); if there is a
-    cutter, (is_cut bool [], data uint8 [bytes], picks int32 [T], colours float32 [3, 3], box int32
-    [2, 2]), used in the place of `frames` if is_cut; with augmentation, mirror int32 [], and, as
-    far as it asks for them, the results of `draw_ops` and `draw_erasing`. `report` is JSON: index,
-    label, is_cut, bad (name of a sample -> reason). `geometry` has the size to resize to and the
-    corner (top, left) of the crop, `box` the corner and size of what is used of a frame.
     """
 
     def __init__(self, plan: ClipPlan, epoch: int, start: int):
@@ -206,7 +228,7 @@ class ClipSource(FrameReader):
     def _finish(self, clip: np.ndarray | Cut, index, label, bad, rng) -> tuple[np.ndarray, ...]:
         augment, is_cut = self.plan.augment, isinstance(clip, Cut)
         height, width = (clip.height, clip.width) if is_cut else clip.shape[1:3]
-        box, draws = (0, 0, height, width), []
+        box, made = (0, 0, height, width), {}
         side = self.plan.config.image_size
         if augment is None:
             short = self.plan.config.preprocess.val_short_side
@@ -215,27 +237,27 @@ class ClipSource(FrameReader):
             corner = [(x - side) // 2 for x in size]
         else:
             box = draw_crop(rng, height, width, augment)
-            if rng.random() < augment.flip:
-                label, mirror = augment.flip_label_map.get(label, label), 1
-            else:
-                mirror = 0
-            draws.append(np.array(mirror, np.int32))
+            made["mirror"] = rng.random() < augment.flip
+            if made["mirror"]:
+                label = augment.flip_label_map.get(label, label)
             size, corner = (side, side), (0, 0)
             if augment.rand_augment_ops:
-                draws.append(draw_ops(rng, side, augment))
+                made["ops"] = draw_ops(rng, side, augment)
             if augment.erasing:
-                draws.append(draw_erasing(rng, side, augment))
+                made["erasing"] = draw_erasing(rng, side, augment)
         text = json.dumps({"index": index, "label": label, "is_cut": is_cut, "bad": bad})
-        outputs = [np.frombuffer(text.encode(), np.uint8), np.array([size, corner], np.int32)]
         top, left, height, width = box
-        if is_cut:
-            outputs.append(np.zeros((1, 1, 1, 3), np.uint8))
-        else:
-            crop = clip[:, top : top + height, left : left + width]
-            outputs.append(np.ascontiguousarray(crop))
-        if self.plan.cutter is not None:
-            nothing = np.zeros(1, np.uint8), np.zeros(1, np.int32), np.eye(3, dtype=np.float32)
-            cut = (clip.data, clip.frames, clip.colours) if is_cut else nothing
-            outputs += [np.array(is_cut), *cut]
-            outputs.append(np.array([(top, left), (height, width)], np.int32))
-        return (*outputs, *draws)
+        made |= dict(
+            report=np.frombuffer(text.encode(), np.uint8),
+            geometry=(size, corner),
+            frames=np.zeros((1, 1, 1, 3), np.uint8)
+            if is_cut
+            else clip[:, top : top + height, left : left + width],
+            is_cut=is_cut,
+            data=clip.data if is_cut else [0],
+            picks=clip.frames if is_cut else [0],
+            colours=clip.colours if is_cut else np.eye(3),
+            box=((top, left), (height, width)),
+        )
+        arrays = self.plan.arrays.items()
+        return tuple(np.asarray(made[name], dtype, order="C") for name, dtype in arrays)

@@ -5,6 +5,7 @@ The same operators on both devices; pixels stay uint8 until the last kernel.
 
 from __future__ import annotations
 
+import numpy as np
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.auto_aug import augmentations
 from nvidia.dali.auto_aug.core import select
@@ -13,6 +14,9 @@ from nvidia.dali.pipeline import do_not_convert
 from zeroi2v.data.augment import KINDS
 from zeroi2v.data.clip_worker import PREFETCH, ClipPlan, ClipSource
 
+_DTYPES = {
+    np.uint8: types.UINT8, np.int32: types.INT32, np.float32: types.FLOAT, np.bool_: types.BOOL,
+}  # fmt: skip
 _GREY = 128  # fills what an operation uncovers or erases, as published
 
 
@@ -20,13 +24,6 @@ _GREY = 128  # fills what an operation uncovers or erases, as published
 def clip_graph(source: ClipSource, plan: ClipPlan, gpu: bool, parallel: bool):
     """Outputs the reports of `source`, and clips float32 [3, T, H, W]."""
     config, augment = plan.config, plan.augment
-    dtypes = [types.UINT8, types.INT32, types.UINT8]
-    if plan.cutter is not None:
-        dtypes += [types.BOOL, types.UINT8, types.INT32, types.FLOAT, types.INT32]
-    if augment:
-        dtypes += [types.INT32]
-        dtypes += [types.FLOAT] * bool(augment.rand_augment_ops)
-        dtypes += [types.FLOAT] * bool(augment.erasing)
     workers = {}
     if parallel:
         workers = dict(
@@ -34,20 +31,24 @@ def clip_graph(source: ClipSource, plan: ClipPlan, gpu: bool, parallel: bool):
             prefetch_queue_depth=PREFETCH,
             bytes_per_sample_hint=plan.clip_bytes,  # what is larger makes DALI's memory grow
         )
-    report, geometry, frames, *draws = fn.external_source(
+    names = list(plan.arrays)
+    outputs = fn.external_source(
         source,
-        num_outputs=len(dtypes),
-        layout=["", "", "FHWC"] + [""] * (len(dtypes) - 3),
-        dtype=dtypes,
+        num_outputs=len(names),
+        layout=["FHWC" if name == "frames" else "" for name in names],
+        dtype=[_DTYPES[dtype] for dtype in plan.arrays.values()],
         batch=False,
         **workers,
     )
+    given = {name: outputs[i] for i, name in enumerate(names)}
+    frames, geometry = given["frames"], given["geometry"]
     if gpu:
         frames = frames.gpu()
     if plan.cutter is not None:
-        (is_cut, data, picks, colours, box), draws = draws[:5], draws[5:]
+        cut = [given[name] for name in ("data", "picks", "colours", "box")]
+        is_cut = given["is_cut"]
         if is_cut:  # noqa: SIM108, for DALI splits the batch at a statement
-            frames = _decode(data, picks, colours, box, gpu)
+            frames = _decode(*cut, gpu)
         else:
             frames = _identity(frames)
     size = fn.cast(geometry[0], dtype=types.FLOAT)
@@ -56,13 +57,12 @@ def clip_graph(source: ClipSource, plan: ClipPlan, gpu: bool, parallel: bool):
     frames = fn.resize(frames, size=size, interp_type=kind, antialias=process.antialias)
     mirror = 0
     if augment:
-        mirror = draws.pop(0)
+        mirror = given["mirror"]
         if augment.rand_augment_ops:
-            ops = draws.pop(0)
             for i in range(augment.rand_augment_ops):
-                frames = _rand_augment(frames, ops[i], gpu)
+                frames = _rand_augment(frames, given["ops"][i], gpu)
         if augment.erasing:
-            corner, shape = draws[0][0], draws[0][1]
+            corner, shape = given["erasing"][0], given["erasing"][1]
             frames = fn.erase(frames, anchor=corner, shape=shape, axis_names="HW", fill_value=_GREY)
     frames = fn.slice(frames, geometry[1], [config.image_size] * 2, axis_names="HW")
     clips = fn.crop_mirror_normalize(
@@ -73,7 +73,7 @@ def clip_graph(source: ClipSource, plan: ClipPlan, gpu: bool, parallel: bool):
         output_layout="CFHW",
         dtype=types.FLOAT,
     )
-    return report, clips
+    return given["report"], clips
 
 
 def _decode(data, picks, colours, box, gpu: bool):

@@ -87,18 +87,24 @@ class VideoViT(nn.Module, ModelHubMixin):
         return self.ln_pre(x)
 
     def freeze(self) -> VideoViT:
-        """Leaves the adapters, `temporal_embedding`, `ln_post` and `head` trainable, no others."""
+        """Leaves the adapters, `temporal_embedding`, `ln_post` and `head` trainable, no others.
+
+        From now on blocks are differentiated by the training block (`set_memory`).
+        """
         for name, parameter in self.named_parameters():
             top = name.split(".")[0]
             parameter.requires_grad = (
                 top in ("temporal_embedding", "ln_post", "head") or "_adapter." in name
             )
+        for block in self.transformer.resblocks:
+            block.memory = block.memory or "save"
         return self
 
     def set_memory(self, memory: Memory) -> VideoViT:
         """Chooses what a block keeps for backward: much, `save`; `lean`; or little, `recompute`.
 
-        Holds while the backbone is frozen; see `training_block.py`. Raises ValueError for others.
+        The block is then `training_block.py`, as long as its backbone is frozen. Raises ValueError
+        for other policies.
         """
         if memory not in get_args(Memory):
             raise ValueError(f"memory must be one of {', '.join(get_args(Memory))}: got {memory!r}")
@@ -163,11 +169,11 @@ class Block(nn.Module):
         self.attn = STDHA(config)
         self.ln_2 = LayerNorm(config.width)
         self.mlp = MLP(config)
-        self.memory: Memory = "save"
+        self.memory: Memory | None = None  # chosen by `freeze` or `set_memory`
 
     def forward(self, x: Tensor, cls_only: bool = False) -> Tensor:
         """`x [B, T, N, C]` -> `[B, T, N, C]`, or `[B, T, 1, C]` for the CLS token alone."""
-        if can_train(self, x):
+        if self.memory and can_train(self, x):  # the same arithmetic, which keeps less for backward
             return training_block(self, x, cls_only)
         attended = self.attn(self.ln_1(x), cls_only)
         normed, x = self.ln_2.of_sum(x[:, :, :1] if cls_only else x, attended)

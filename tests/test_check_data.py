@@ -19,8 +19,9 @@ from zeroi2v import check_data
 from zeroi2v.check_data import main
 from zeroi2v.cli import run
 from zeroi2v.data.annotations import Sample, read_list
-from zeroi2v.data.decode import DecodeError, read_frames
+from zeroi2v.data.decode import read_frames
 from zeroi2v.data.manifest import inspect_video, read_manifest, use_manifest
+from zeroi2v.data.packets import DecodeError
 
 
 @pytest.fixture

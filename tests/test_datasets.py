@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from zeroi2v.data.annotations import Sample, class_names, read_list
-from zeroi2v.data.decode import DecodeError
 from zeroi2v.data.frame_cache import read_sample
 from zeroi2v.data.frame_folder import read_frame_folder
+from zeroi2v.data.packets import DecodeError
 
 
 def write(path, text):

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from videos import hide_frame, numbered_frame, read_number, write_numbered, write_video
 
-from zeroi2v.data import decode
-from zeroi2v.data.decode import DecodeError, read_frames
+from zeroi2v.data import decode, packets
+from zeroi2v.data.decode import read_frames
+from zeroi2v.data.packets import DecodeError
 from zeroi2v.data.sampling import dense_indices, uniform_indices
 
 # Files of the seekable kinds for which seeking finds something amiss. H.264 with open GOPs: the
@@ -236,7 +237,7 @@ def test_a_known_number_of_frames_is_believed_until_the_file_says_otherwise(
 def test_rotated_files_come_upright(clips, monkeypatch, file, shape):
     by_seek = read_frames(clips / "robust" / file, every)
     assert by_seek.shape[1:] == shape
-    monkeypatch.setattr(decode, "SEEKABLE", {})
+    monkeypatch.setattr(packets, "SEEKABLE", {})
     assert np.array_equal(read_frames(clips / "robust" / file, every), by_seek)
 
 
@@ -297,7 +298,7 @@ def test_unusable_made_files_are_named_with_the_reason(tmp_path):
 
 def test_absurd_sizes_are_refused_before_any_frame_is_decoded(tmp_path, monkeypatch):
     path = write_numbered(tmp_path / "v.mp4", 3, size=(64, 128))
-    monkeypatch.setattr(decode, "MAX_SIDE", 100)
+    monkeypatch.setattr(packets, "MAX_SIDE", 100)
     forbid(monkeypatch, "_decode_by_seek")
     with pytest.raises(DecodeError, match=r"v\.mp4: frames must be at most 100 .* got 128x64"):
         read_frames(path, every)
@@ -310,7 +311,7 @@ def test_clips_too_large_to_hold_are_refused_before_any_frame_is_decoded(tmp_pat
         monkeypatch.setattr(decode, "MAX_CLIP_BYTES", 3 * 96 * 128 * 3 - 1)
         with pytest.raises(DecodeError, match="clip must be at most .* got 3 frames of 128x96"):
             read_frames(path, every)
-        monkeypatch.setattr(decode, "MAX_PIXELS", 96 * 128 - 1)
+        monkeypatch.setattr(packets, "MAX_PIXELS", 96 * 128 - 1)
         with pytest.raises(DecodeError, match="frames must be at most 12287 pixels: got 128x96"):
             read_frames(path, every)
         monkeypatch.undo()
@@ -324,7 +325,7 @@ def test_a_stream_that_grows_absurd_on_the_way_is_refused_by_the_decoder(tmp_pat
     both.write_bytes(Path(small).read_bytes() + Path(large).read_bytes())
     with pytest.raises(DecodeError, match=r"both\.ts: changes its frames from"):
         read_frames(both, every)
-    monkeypatch.setattr(decode, "MAX_PIXELS", 64 * 64)
+    monkeypatch.setattr(packets, "MAX_PIXELS", 64 * 64)
     with pytest.raises(
         DecodeError, match=r"both\.ts: (damaged after|contains no|frame \d+ cannot)"
     ):

@@ -20,10 +20,11 @@ import pytest
 from av.video.reformatter import VideoReformatter
 from videos import write_numbered
 
-from zeroi2v.data.decode import DecodeError, read_frames
+from zeroi2v.data.decode import read_frames
 from zeroi2v.data.gop import DALI_CPU, Cut, Cutter
 from zeroi2v.data.manifest import inspect_video
 from zeroi2v.data.nvdec import Capability
+from zeroi2v.data.packets import DecodeError
 
 COUNT = int(os.environ.get("ZEROI2V_FUZZ", "320"))
 TIMEOUT = 5.0

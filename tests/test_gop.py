@@ -2,18 +2,22 @@
 
 import csv
 import dataclasses
+import gc
 import io
+import threading
+import time
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
+from nvidia.dali._multiproc.shared_queue import ShmQueue
 from test_decode import whole_decode
 from test_pipeline import FULL, assert_same, config, pixels
 from videos import numbered_frame, read_number, write_numbered, write_video
 
-from zeroi2v.data import decode
+from zeroi2v.data import decode, pipeline
 from zeroi2v.data.annotations import Sample
 from zeroi2v.data.decode import read_frames
 from zeroi2v.data.gop import DALI_CPU, Cut, nvdec
@@ -254,6 +258,24 @@ def test_a_video_that_dali_fails_on_is_named_and_replaced_like_any_bad_one(
     assert loader.decoded_by == {"dali": 8, "pyav": 4}  # a micro-batch of each epoch
     again = ClipLoader(mixed, cfg, batch_size=2, seed=3, decoder="dali")
     assert_same(again.epoch(1, start_step=1), batches[1:])
+
+
+def test_a_lock_of_a_process_that_was_killed_is_not_waited_for(samples, tmp_path, monkeypatch):
+    """DALI's thread closes the queue of results, whose lock a process may take to its grave."""
+    released = threading.Event()
+    monkeypatch.setattr(pipeline, "_PATIENCE", 0.5)
+    bad = damage_packets(samples[2].path, tmp_path / "bad.avi", (*range(3, 50, 2),))
+    mixed = [samples[2], samples[0], samples[2], samples[0], Sample(bad, 3), samples[2]]
+    cfg = config(64, 8, val_short_side=64)
+    loader = ClipLoader(mixed, cfg, batch_size=2, workers=2, decoder="dali")
+    with monkeypatch.context() as patch:
+        close = ShmQueue.close
+        patch.setattr(ShmQueue, "close", lambda queue: released.wait(60) and close(queue))
+        begun = time.monotonic()
+        assert len(list(loader.epoch())) == 3
+        gc.collect()
+        assert time.monotonic() - begun < 30 and set(loader.bad_files) == {bad}
+        released.set()
 
 
 def test_an_epoch_may_end_with_a_video_that_dali_fails_on(samples, tmp_path):

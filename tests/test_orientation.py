@@ -11,11 +11,12 @@ from videos import write_video
 
 from zeroi2v import check_data, cli
 from zeroi2v.data.annotations import Sample
-from zeroi2v.data.decode import DecodeError, read_frames
+from zeroi2v.data.decode import read_frames
 from zeroi2v.data.frame_cache import read_sample
 from zeroi2v.data.gop import DALI_CPU, Cut
 from zeroi2v.data.manifest import inspect_video
 from zeroi2v.data.orientation import Orientation, read_matrix, turn
+from zeroi2v.data.packets import DecodeError
 
 ONE = 1 << 16
 MATRICES = [

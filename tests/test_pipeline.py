@@ -35,9 +35,10 @@ from zeroi2v.data import augment as changes
 from zeroi2v.data import clip_worker, frame_cache, pipeline
 from zeroi2v.data.annotations import Sample
 from zeroi2v.data.clip_worker import ClipSource
-from zeroi2v.data.decode import DecodeError, read_frames
+from zeroi2v.data.decode import read_frames
 from zeroi2v.data.graph import clip_graph
 from zeroi2v.data.nvdec import Capability
+from zeroi2v.data.packets import DecodeError
 from zeroi2v.data.pipeline import AugmentConfig, ClipLoader, check_bad_files
 
 FULL = AugmentConfig(erasing=0.5)

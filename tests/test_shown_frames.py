@@ -11,10 +11,11 @@ from videos import read_number, write_numbered
 
 from zeroi2v.data.annotations import Sample
 from zeroi2v.data.bitstream import _vp9_frames, _vp9_shows, shown_frames
-from zeroi2v.data.decode import DecodeError, Limit, frame_times, read_frames, read_index
+from zeroi2v.data.decode import frame_times, read_frames
 from zeroi2v.data.frame_cache import read_sample
 from zeroi2v.data.gop import DALI_CPU, Cut
 from zeroi2v.data.manifest import inspect_video
+from zeroi2v.data.packets import DecodeError, Limit, read_index
 
 
 def whole(path) -> tuple[list[np.ndarray], list[float]]:

@@ -23,9 +23,9 @@ import numpy as np
 from zeroi2v.config import ModelConfig
 from zeroi2v.data.annotations import Sample
 from zeroi2v.data.augment import AugmentConfig, draw_crop, draw_erasing, draw_ops
-from zeroi2v.data.decode import DecodeError
 from zeroi2v.data.frame_cache import read_sample
 from zeroi2v.data.gop import Cut, Cutter
+from zeroi2v.data.packets import DecodeError
 from zeroi2v.data.sampling import dense_indices, uniform_indices
 
 PREFETCH = 2

@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from zeroi2v.data.annotations import Sample
-from zeroi2v.data.decode import DecodeError, read_frames
+from zeroi2v.data.decode import read_frames
 from zeroi2v.data.frame_folder import read_frame_folder
 from zeroi2v.data.gop import Cut, Cutter
+from zeroi2v.data.packets import DecodeError
 
 _KEEP_FREE = 0.05
 """Part of the disk that the cache leaves free."""

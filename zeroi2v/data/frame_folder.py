@@ -9,7 +9,8 @@ from collections.abc import Callable
 import av
 import numpy as np
 
-from zeroi2v.data.decode import DecodeError, check_clip_size
+from zeroi2v.data.decode import check_clip_size
+from zeroi2v.data.packets import DecodeError
 from zeroi2v.data.video_files import IMAGE_SUFFIXES
 
 _SUFFIX = "|".join(map(re.escape, sorted(IMAGE_SUFFIXES)))

@@ -28,9 +28,9 @@ from zeroi2v.data.colours import (
     matrix_of,
     tags,
 )
-from zeroi2v.data.decode import Index, Limit, Surprise, packets_between, stretches
 from zeroi2v.data.nvdec import Capability
 from zeroi2v.data.orientation import UPRIGHT, orientation_of
+from zeroi2v.data.packets import Index, Limit, Surprise, packets_between, stretches
 
 _FORMATS = ("yuv420p", "yuvj420p")
 _TICK = Fraction(1, 25)

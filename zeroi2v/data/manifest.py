@@ -17,9 +17,10 @@ import av
 import numpy as np
 
 from zeroi2v.data.annotations import Sample
-from zeroi2v.data.decode import DecodeError, Limit, all_frames, open_video, read_index, times_of
+from zeroi2v.data.decode import all_frames, times_of
 from zeroi2v.data.frame_folder import read_frame_folder
 from zeroi2v.data.orientation import oriented
+from zeroi2v.data.packets import DecodeError, Limit, open_video, read_index
 
 _HDR = (16, 18)  # transfer characteristics of H.273: PQ, HLG
 

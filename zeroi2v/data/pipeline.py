@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -32,6 +33,8 @@ from zeroi2v.data.shared_samples import SharedSamples
 from zeroi2v.data.views import Batch, check_arguments
 
 DECODERS = ("auto", "dali", "pyav")
+_PATIENCE = 10
+"""Seconds in which DALI's thread should see that its processes are gone."""
 
 __all__ = ["DECODERS", "AugmentConfig", "Batch", "ClipLoader", "check_bad_files"]
 
@@ -120,6 +123,7 @@ class ClipLoader:
         """Clips so far by who decoded them: "dali" or "pyav"."""
         self._pipeline = None
         self._children: list[multiprocessing.Process] = []
+        self._observers: list[threading.Thread] = []
         self._tried_again: tuple[int, int] | None = None
         self._next_epoch: int | None = None
 
@@ -204,10 +208,11 @@ class ClipLoader:
             prefetch_queue_depth=PREFETCH,
             seed=0,
         )
-        others = multiprocessing.active_children()
+        others = {*multiprocessing.active_children(), *threading.enumerate()}
         with without_main_program():
             pipeline.build()
         self._children = [p for p in multiprocessing.active_children() if p not in others]
+        self._observers = [thread for thread in dali_observers() if thread not in others]
         return pipeline
 
     def _rescue(self, error: RuntimeError, epoch: int, micro_batch: int) -> tuple | None:
@@ -224,6 +229,7 @@ class ClipLoader:
             check_shared_memory(self.plan.clip_bytes)
         for child in self._children:  # DALI would wait for them, and they may not heed it
             child.kill()
+        await_observers(self._observers)
         self._pipeline = outputs = None
         if decoder_failed:
             careful = self._build(replace(self.plan, cutter=None), epoch, micro_batch, 0)
@@ -285,6 +291,23 @@ def processes_here() -> int:
     """Processes of the run on this machine, as set by torchrun or DeepSpeed's launcher."""
     names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
     return int(next((os.environ[name] for name in names if name in os.environ), 1))
+
+
+def dali_observers() -> list[threading.Thread]:
+    """The threads by which DALI watches the processes that decode."""
+    return [t for t in threading.enumerate() if t.name.endswith("(_observer_thread)")]
+
+
+def await_observers(threads: list[threading.Thread]) -> None:
+    """Waits until they have seen that their processes were killed, and then DALI need not.
+
+    A process may have held a lock that its observer needs: then that waits for ever, and DALI for
+    it when the pipeline is dropped, or at the exit.
+    """
+    for thread in threads:
+        thread.join(_PATIENCE)
+        if thread.is_alive():
+            thread.join = lambda timeout=None: None
 
 
 def check_bad_files(bad: dict[Any, str], total: int, max_bad_fraction: float) -> None:

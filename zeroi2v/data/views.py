@@ -25,8 +25,8 @@ from torch import Tensor
 from zeroi2v.config import ModelConfig
 from zeroi2v.data.annotations import Sample
 from zeroi2v.data.clip_worker import FrameReader
-from zeroi2v.data.decode import DecodeError
 from zeroi2v.data.fatal_files import find_fatal_files, without_main_program
+from zeroi2v.data.packets import DecodeError
 from zeroi2v.data.preprocess import crop_views, normalise
 from zeroi2v.data.shared_samples import SharedSamples
 

@@ -12,7 +12,6 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from zeroi2v.data.pipeline import processes_here
+from zeroi2v.data.pipeline import await_observers, dali_observers, processes_here
 from zeroi2v.train.log import show
 
 T = TypeVar("T")
@@ -145,9 +144,7 @@ def end_children() -> None:
     """Ends the processes that decode, for which Python and DALI might wait for ever at the exit."""
     for child in active_children():
         child.kill()
-    for thread in threading.enumerate():
-        if thread.name.endswith("(_observer_thread)"):
-            thread.join(10)  # DALI's: it has to see that they are gone before it is told to end
+    await_observers(dali_observers())
 
 
 def cores_per_process() -> int:

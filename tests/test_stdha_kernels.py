@@ -42,7 +42,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = (BF16, FP16, FP32)
 CASES = [  # T, N, D, dtype, head_offsets
     # every recipe's heads, in clips long enough for all of its offsets, and in shorter ones
-    *((8 - i, 5, 64, DTYPES[i % 2], offsets) for i, offsets in enumerate(RECIPE_OFFSETS)),
+    *((4, 5, 64, DTYPES[i % 2], offsets) for i, offsets in enumerate(RECIPE_OFFSETS)),
     *((2, 5, 16, FP32, offsets) for offsets in RECIPE_OFFSETS),
     # every clip length, offsets inside and beyond it
     *((frames, 5, 64, DTYPES[frames % 3], (9, -9, 1, -3)) for frames in range(1, 9)),

@@ -10,7 +10,7 @@ from zeroi2v.model.attention import set_backend
 from zeroi2v.model.training_block import can_train
 from zeroi2v.train.divergence import first_bad, remedy, watch
 
-CONFIG = small_config(depth=2, width=192, num_frames=2)  # heads of 16
+CONFIG = small_config(depth=2, width=32, num_heads=2, head_offsets=(-1, 1), num_frames=2)
 NAMES = [n for n, _ in build(CONFIG).named_parameters() if "resblocks.0" not in n]
 
 

@@ -375,7 +375,8 @@ def test_model_runs_on_the_kernels_in_training_and_compiled_as_one_graph(
     monkeypatch, activation, adapter
 ):
     """All of the kernels: attention, norms and activations."""
-    changes = dict(num_frames=2, width=12 * 16, depth=2, activation=activation, adapter=adapter)
+    changes = dict(num_frames=2, width=32, num_heads=2, head_offsets=(-1, 1), depth=2)
+    changes |= dict(activation=activation, adapter=adapter)
     config = small_config("vit_b16_k400_8x16", **changes)
     model = build(config).to(DEVICE).eval()
     video = torch.randn(1, 3, 2, config.image_size, config.image_size, device=DEVICE)

@@ -113,7 +113,7 @@ def test_vit_of_another_lineage_is_exported_like_clip(format, dtype, tmp_path):
 @pytest.mark.parametrize("dtype", [None, torch.float16])
 @pytest.mark.parametrize("suffix", SIDES.values())
 def test_file_with_its_preprocessing_takes_frames_of_any_size(suffix, dtype, tmp_path):
-    """It gives what the model gives on MMAction2's pixels; in float32 the commands take it too."""
+    """It gives what the model gives on MMAction2's pixels, and `predict` and `evaluate` take it."""
     place = tmp_path / "place"
     place.mkdir()
     config = small_config("vit_b16_k400_8x16", depth=2)
@@ -135,13 +135,11 @@ def test_file_with_its_preprocessing_takes_frames_of_any_size(suffix, dtype, tmp
             probs = [model(views[:, b].permute(1, 4, 0, 2, 3)) for b in range(batch)]
             want = torch.stack([logits.softmax(-1).mean(0) for logits in probs])
             assert relative(written(torch.from_numpy(frames)), want) <= near
-    if dtype is not None:
-        return
     for i in range(3):
         write_numbered(place / f"{i}.mp4", 60, size=(50 + 20 * i, 70))
     (place / "list.txt").write_text("0.mp4 0\n1.mp4 1\n2.mp4 2\n")
     lines = []
-    for source, workers in ((path, 0), (str(out), 0), (str(out), 2)):
+    for source, workers in ((path, 0), (str(out), 0), (str(out), 2))[: 3 if dtype is None else 2]:
         done = tmp_path / f"{len(lines)}.json"
         words = [source, "--list", str(place / "list.txt"), "--root", str(place)]
         assert run(evaluate.main, [*words, "--workers", str(workers), "--out", str(done)]) == 0
@@ -149,7 +147,7 @@ def test_file_with_its_preprocessing_takes_frames_of_any_size(suffix, dtype, tmp
         lines.append([json.loads(row) for row in rows])
     for native, *others in zip(*lines, strict=True):
         for other in others:
-            assert other["top5"] == native["top5"]
+            assert other["top5"] == native["top5"] or dtype
             assert other["probability"] == pytest.approx(native["probability"], rel=near)
     assert run(evaluate.main, [*words, "--views", "2x1"]) == 1
     one = predict(written, [str(place / "0.mp4")], topk=1)[0]["topk"][0]

@@ -27,10 +27,10 @@ from zeroi2v.config import ModelConfig
 from zeroi2v.train.log import read_log
 from zeroi2v.train.state import clear_leftovers
 
-STOPS = int(os.environ.get("ZEROI2V_SOAK", "3"))
+STOPS = int(os.environ.get("ZEROI2V_SOAK", "4"))
 STAGES = range(4) if "ZEROI2V_SOAK" in os.environ else (2,)
 ALL, ONE = [0, 1], [1]
-# Signal and ranks it goes to; drawn in turn, so that each comes up.
+# Signal and ranks it goes to, in turn.
 ACTIONS = [(signal.SIGKILL, ALL), (signal.SIGKILL, ONE), (signal.SIGTERM, ONE),
            (signal.SIGKILL, [0]), (signal.SIGTERM, ALL)]  # fmt: skip
 

@@ -35,7 +35,7 @@ class Launch(NamedTuple):
     stages: int
 
 
-# By compute capability and the largest rank; tests/test_compile_kernels.py compiles every entry.
+# By compute capability and the largest rank; bench/compile_kernels.py compiles every entry.
 # Each program reads both weights, so many rows spare traffic; at rank 256 they would spill.
 LAUNCH = {
     80: {192: Launch(128, 32, 32, 8, 2), 256: Launch(64, 32, 32, 8, 2)},

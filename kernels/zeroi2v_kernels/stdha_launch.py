@@ -35,7 +35,7 @@ class Launch(NamedTuple):
 
 
 # By compute capability: 8.0 and its kin, 9.0, 10.0; (name, D) goes before name.
-# tests/test_compile_kernels.py compiles them: no spills, tensor cores, within shared memory, no
+# bench/compile_kernels.py compiles them: no spills, tensor cores, within shared memory, no
 # register read unwritten. Run on a device: those of 9.0 on an H200 (driver 580, Triton 3.6.0) for
 # heads of 64 in half precision, against float64 and twice the same bits, resident for 5 to 272
 # tokens, streamed, query and key_value for 577, fused for 65 to 257, with 64 keys for 50; float32

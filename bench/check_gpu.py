@@ -72,6 +72,13 @@ def _pytest(*words: str) -> tuple[str, ...]:
     return ("-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", "--tb=short", *words)
 
 
+def _shared(*words: str) -> tuple[str, ...]:
+    """Tests whose time is the compiling of kernels: by several processes, if there are cores."""
+    share = min(len(os.sched_getaffinity(0)) // 2, 6)
+    several = share > 1 and find_spec("xdist") is not None
+    return _pytest(*words, *(("-n", str(share), "--dist", "worksteal") if several else ()))
+
+
 def _on_gpu(words: str) -> tuple[str, ...]:
     return _pytest("tests/on_gpu.py", "-k", words)
 
@@ -88,15 +95,15 @@ _DATA, _TRAIN = ("nvidia.dali", "av"), ("nvidia.dali", "av", "deepspeed")
 
 STEPS = (
     Step("doctor", ("-m", "zeroi2v.doctor", "--json"), 90, dry=True),
-    Step("kernels", _pytest(*_KERNELS), 150),
+    Step("kernels", _shared(*_KERNELS), 150),
     Step("model", _on_gpu("test_model"), 60, ("av",), dry=True),
-    Step("training block", _pytest("tests/test_training_block.py"), 90, _TRAIN),
+    Step("training block", _shared("tests/test_training_block.py"), 90, _TRAIN),
     Step("data", _on_gpu("test_data"), 60, _DATA, dry=True),
     Step("training", _on_gpu("test_train_in"), 120, _TRAIN),
     Step("resume", _on_gpu("test_train_killed"), 60, _TRAIN),
     Step("artefacts", _on_gpu("test_artefacts"), 90, (*_DATA, "onnxruntime", "onnxscript")),
     Step("flash", _on_gpu("test_flash"), 60, ("flash_attn",)),
-    Step("benches", _pytest("bench", "-k", "not data and not predict and not reparam"), 120),
+    Step("benches", _shared("bench", "-k", "not data and not predict and not reparam"), 120),
     Step("zero cost L/14", _figures("-k", "bench_zero_cost[L/14-32-bfloat16]"), 90, figures=True),
     Step("zero cost B/16", _figures("-k", "bench_zero_cost[B/16-8-bfloat16]"), 60, figures=True),
     Step("training step", _figures("-k", "training_block"), 120, figures=True),

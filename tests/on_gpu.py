@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from models import build, small_config
+from test_colours import write_tagged
 from training import assert_same_run, command, environment, finish, make_data
 from training import weights as weights_of
 from videos import numbered_frame, write_numbered, write_video
@@ -26,6 +27,7 @@ from zeroi2v.config import ModelConfig
 from zeroi2v.data.annotations import Sample
 from zeroi2v.data.augment import KINDS, AugmentConfig
 from zeroi2v.data.clip_worker import ClipSource
+from zeroi2v.data.colours import MATRIX_TAGS
 from zeroi2v.data.pipeline import ClipLoader
 from zeroi2v.model.attention import set_backend
 from zeroi2v.storage.checkpoint import load
@@ -143,6 +145,27 @@ def test_data_of_ten_files_is_the_same_by_both_decoders(tmp_path):
     left_out("NVDEC")
 
 
+@pytest.mark.parametrize("size", [(144, 176), (720, 1280)])
+def test_data_of_every_colour_tag_is_the_same_by_both_decoders(tmp_path, size):
+    samples = []
+    for tag in (None, *MATRIX_TAGS):
+        for full in (False, True):
+            path = write_tagged(tmp_path / f"{tag}_{full}.mp4", "libx264", tag, full, size)
+            samples.append(Sample(path, 0))
+    batches, by = {}, {}
+    for decoder in ("pyav", "dali"):
+        loader = ClipLoader(samples, video_config(), batch_size=4, device=DEVICE, decoder=decoder)
+        found = [(batch.index, batch.video.cpu()) for batch in loader.epoch()]
+        order = torch.cat([index for index, _ in found]).argsort()
+        batches[decoder] = torch.cat([video for _, video in found])[order]
+        by[decoder] = dict(loader.decoded_by)
+    levels = (batches["pyav"] - batches["dali"]).abs().flatten(1).mean(1) * 68
+    print(f"{by['dali']}; levels apart: {[round(x, 2) for x in levels.tolist()]}")
+    assert by["dali"].get("dali", 0) == (len(samples) // 2 if HAS_GPU else 0)
+    assert levels.max() < 2
+    left_out("NVDEC")
+
+
 RUNS = {  # overrides, whether they need CUDA
     "fp32 stage 0": (["optim.zero_stage=0"], False),
     "bf16 stage 1": (["optim.precision=bf16"], False),
@@ -179,7 +202,10 @@ def test_train_killed_and_resumed_ends_in_the_same_bits(tmp_path):
     data = make_data(tmp_path)
     words = ["optim.precision=bf16", "run.save_every=1"] if HAS_GPU else ["run.save_every=1"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    finish([sys.executable, *command(data, whole, *words)], env=environment())
+    pool = ThreadPoolExecutor(1)  # beside it
+    undisturbed = pool.submit(
+        finish, [sys.executable, *command(data, whole, *words)], env=environment()
+    )
     process = subprocess.Popen(
         [sys.executable, *command(data, broken, *words)], env=environment(),
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
@@ -191,6 +217,7 @@ def test_train_killed_and_resumed_ends_in_the_same_bits(tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     finish([sys.executable, *command(data, broken, *words, "run.resume=auto")], env=environment())
+    undisturbed.result()
     assert_same_run(whole, broken)
     print("killed after its first save; the same bits")
 

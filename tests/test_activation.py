@@ -63,9 +63,9 @@ def test_two_runs_are_bit_equal():
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_is_a_well_formed_operator(has_bias):
     x, bias = inputs((3, 32), torch.float32, has_bias)
-    torch.library.opcheck(activation_forward, (x, bias, "gelu"))
+    torch.library.opcheck(activation_forward.op, (x, bias, "gelu"))
     bias = bias if bias is None else bias.detach()
-    torch.library.opcheck(activation_backward, (x.detach(), x.detach(), bias, "gelu"))
+    torch.library.opcheck(activation_backward.op, (x.detach(), x.detach(), bias, "gelu"))
 
 
 def test_wrong_arguments_are_refused():

@@ -78,7 +78,7 @@ def test_failing_proof_of_a_kernel_is_broken(monkeypatch):
         SimpleNamespace(name="stdha", passed=False, message="dq is wrong"),
         SimpleNamespace(name="norm", passed=True, message=""),
     ]
-    proof = SimpleNamespace(prove_shipped=lambda device: iter(verdicts))
+    proof = SimpleNamespace(prove_shipped=lambda device, processes: iter(verdicts))
     monkeypatch.setitem(sys.modules, "zeroi2v_kernels.shipped", proof)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -33,6 +33,8 @@ def unproven(monkeypatch, tmp_path):
     monkeypatch.setattr(proof, "_VERDICTS", {})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(choice, "uses_kernels", lambda x: True)
+    # a kernel that a test puts in another's place must not be remembered, nor the other one
+    monkeypatch.setattr(stdha_launch, "_launches", stdha_launch._launches.__wrapped__)
 
 
 class Miscompiled:
@@ -291,16 +293,21 @@ def test_nothing_is_proven_while_a_graph_is_captured(monkeypatch):
 
 
 def test_what_is_proven_on_a_device_covers_every_kernel():
-    names = " ".join(
-        configuration.name
-        for module in (stdha_launch, adapter_linear_triton, activation, norm)
-        for configuration in module.shipped(CPU)
-    )
+    names = " ".join(configuration.name for configuration in shipped.configurations(CPU))
     for part in ("forward_resident", "forward_streamed", "backward_fused", "backward_query+"
                  "backward_key_value", "adapter forward", "adapter backward", "adapter dropout",
                  "quick_gelu backward", "gelu forward", "layer norm forward",
                  "layer norm backward", "D=128", "N=577", "M=1 N=50", "H=16"):  # fmt: skip
         assert part in names, part
+
+
+def test_proofs_are_shared_by_processes_in_order():
+    wanted = shipped.configurations(CPU)
+    for number, configuration in enumerate(wanted):  # kept already, for they take minutes
+        proof._write(proof._path(configuration, CPU), "wrong" * (number == 5))
+    verdicts = list(shipped.prove_shipped(CPU, processes=2))
+    assert [verdict.name for verdict in verdicts] == [c.name for c in wanted]
+    assert [i for i, verdict in enumerate(verdicts) if not verdict.passed] == [5]
 
 
 @pytest.mark.skipif(

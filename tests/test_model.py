@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 from models import build, randomize, small_config
+from zeroi2v_kernels import choice
 
 from bench.baselines.image_models import open_clip_tower, transformers_clip
 from zeroi2v.config import RECIPES, ModelConfig
-from zeroi2v.model.vit import LayerNorm, VideoViT
+from zeroi2v.model.vit import LayerNorm, PatchEmbedding, VideoViT
 from zeroi2v.reparam import merge
 
 SHAPES = {
@@ -41,6 +42,21 @@ def test_zero_offsets_without_adapters_equal_transformers_clip(name):
         ours = model.features(video)[0]
         expected = theirs(video[0].transpose(0, 1)).pooler_output
     assert relative(ours, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("patch", [14, 16])
+def test_patches_as_a_matrix_product_are_the_convolution(patch, monkeypatch):
+    embedding = PatchEmbedding(24, patch).double()
+    video = torch.randn(2, 3, 2, 3 * patch, 2 * patch, dtype=torch.float64)
+    video = video.transpose(1, 2).contiguous().transpose(1, 2)  # as loaders make them
+    results = []
+    for by_product in (False, True):
+        monkeypatch.setattr(choice, "patches_by_product", lambda video, answer=by_product: answer)
+        out = embedding(video)
+        results.append((out, *torch.autograd.grad(out.square().sum(), embedding.weight)))
+    assert results[0][0].shape == (2, 2, 6, 24)
+    for one, other in zip(*results, strict=True):
+        assert relative(one, other) <= 1e-12
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -91,12 +91,12 @@ def test_two_runs_are_bit_equal():
 @pytest.mark.parametrize("has_residual", [False, True])
 def test_is_a_well_formed_operator(has_residual):
     tensors = inputs((3, 32), torch.float32, has_residual)
-    torch.library.opcheck(norm_forward, (*tensors, 1e-5, torch.float32))
+    torch.library.opcheck(norm_forward.op, (*tensors, 1e-5, torch.float32))
     with torch.no_grad():
         normed, total, mean, rstd = norm_forward(*tensors, 1e-5, torch.float32)
         total = total if has_residual else tensors[0].detach()
         args = (normed, total, total, mean, rstd, tensors[2].detach(), has_residual)
-        torch.library.opcheck(norm_backward, args)
+        torch.library.opcheck(norm_backward.op, args)
 
 
 def test_wrong_arguments_are_refused():

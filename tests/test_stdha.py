@@ -104,14 +104,14 @@ def test_input_is_left_untouched_without_autograd_and_overwritten_only_on_reques
 @pytest.mark.parametrize("offsets", [(-1, 1, 0), (2, -3, 7)])
 def test_shift_heads_is_a_well_formed_operator(offsets):
     key_value = random_qkv(4, 3)[:, :, :, 1:].requires_grad_()  # strided, as cut out of qkv
-    torch.library.opcheck(shift_heads, (key_value, list(offsets)))
-    torch.library.opcheck(shift_heads_backward, (key_value.detach(), list(offsets)))
+    torch.library.opcheck(shift_heads.op, (key_value, list(offsets)))
+    torch.library.opcheck(shift_heads_backward.op, (key_value.detach(), list(offsets)))
 
 
 def test_matmul_is_a_well_formed_operator():
     qkv = random_qkv(3, 2)
     tensors = [x.requires_grad_() for x in (qkv[:, :, :2, 0], qkv[:, :, :, 1:])]
-    torch.library.opcheck(stdha_matmul_op, (*tensors, [-1, 1], 0.5))
+    torch.library.opcheck(stdha_matmul_op.op, (*tensors, [-1, 1], 0.5))
 
 
 def test_rounded_scores_do_not_harm_what_matmul_gives():

@@ -197,15 +197,15 @@ def test_operators_are_well_formed():
     qkv = random_qkv(2, 5, 2, 16).requires_grad_()
     query = random_qkv(2, 1, 2, 16)[:, :, :, 0].requires_grad_()
     key_value = random_qkv(2, 5, 2, 16)[:, :, :, 1:].requires_grad_()
-    torch.library.opcheck(stdha_op, (qkv, [1, -1], 0.25))
-    torch.library.opcheck(stdha_split_op, (query, key_value, [1, -1], 0.25))
+    torch.library.opcheck(stdha_op.op, (qkv, [1, -1], 0.25))
+    torch.library.opcheck(stdha_split_op.op, (query, key_value, [1, -1], 0.25))
     with torch.no_grad():
         out, lse = stdha_op(qkv, [1, -1], 0.25)
         args = (out, qkv.detach(), out, lse, [1, -1], 0.25)
-        torch.library.opcheck(stdha_backward_op, args)
+        torch.library.opcheck(stdha_backward_op.op, args)
         out, lse = stdha_split_op(query, key_value, [1, -1], 0.25)
         args = (out, query.detach(), key_value.detach(), out, lse, [1, -1], 0.25)
-        torch.library.opcheck(stdha_split_backward_op, args)
+        torch.library.opcheck(stdha_split_backward_op.op, args)
 
 
 def test_backends_that_can_not_run_say_what_they_need(monkeypatch):

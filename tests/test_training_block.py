@@ -448,7 +448,9 @@ def test_an_unknown_policy_is_refused():
 def test_zero_stage_3_gathers_the_weights_of_a_block_when_it_needs_them(memory):
     """Every weight is spread out between uses, small ones too."""
     config = small_config("vit_b16_k400_8x16", head_dropout=0.0)
-    video = torch.randn(2, 3, config.num_frames, config.image_size, config.image_size)
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # DeepSpeed takes a GPU by itself
+    size = config.image_size
+    video = torch.randn(2, 3, config.num_frames, size, size, device=device)
     settings = {
         "train_micro_batch_size_per_gpu": 2,
         "steps_per_print": 2**31,
@@ -463,7 +465,7 @@ def test_zero_stage_3_gathers_the_weights_of_a_block_when_it_needs_them(memory):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         ends = []
         for use_engine in (False, True):
-            model = build(config).freeze().train().set_memory(memory)
+            model = build(config).to(device).freeze().train().set_memory(memory)
             optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
             if use_engine:
                 gather_blocks_whole(model)
@@ -482,7 +484,9 @@ def test_zero_stage_3_gathers_the_weights_of_a_block_when_it_needs_them(memory):
                 ends.append(trained_weights(engine))
                 engine.destroy()
             else:
-                ends.append({n: p.detach() for n, p in model.named_parameters() if p.requires_grad})
+                ends.append(
+                    {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}
+                )
     finally:
         end_processes()
     assert_close(ends[1].values(), ends[0].values(), 1e-5)

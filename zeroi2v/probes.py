@@ -251,9 +251,12 @@ def probe_kernels() -> Iterator[Check]:
         return
     from zeroi2v_kernels.shipped import prove_shipped
 
+    from zeroi2v.cli import usable_cores
+
+    processes = min(usable_cores(), 8)
     for index in range(torch.cuda.device_count()):
         name, passed = f"kernels cuda:{index}", 0
-        for verdict in prove_shipped(torch.device("cuda", index)):
+        for verdict in prove_shipped(torch.device("cuda", index), processes=processes):
             passed += verdict.passed
             if not verdict.passed:
                 yield Check("GPU", name, "broken", f"{verdict.name}: {verdict.message}")

@@ -11,6 +11,7 @@ Source: QuickGELU is CLIP's (arXiv 2103.00020, its released model.py).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from itertools import product
 
@@ -21,8 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 from zeroi2v_kernels import bounds, proof
-from zeroi2v_kernels.device import on_device, packed
+from zeroi2v_kernels.device import ceil_div, on_device, operator, packed
 from zeroi2v_kernels.dot import INTERPRET
+from zeroi2v_kernels.launch import Launcher
 
 KINDS = ("quick_gelu", "gelu")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -108,20 +110,24 @@ def _run(
     columns = x.shape[-1]
     num_rows = x.numel() // max(columns, 1)
     if num_rows and columns:
+        key = (x.device, x.dtype, None if bias is None else bias.dtype, columns, kind)
+        launch = _launcher(kernel, *key)
         with on_device(x):
-            kernel[(triton.cdiv(num_rows, BLOCK[0]) * triton.cdiv(columns, BLOCK[1]),)](
+            launch(
+                (ceil_div(num_rows, BLOCK[0]) * ceil_div(columns, BLOCK[1]),),
                 **({} if grad is None else dict(grad_ptr=packed(grad))),
                 x_ptr=packed(x),
                 bias_ptr=packed(bias),
                 out_ptr=out,
                 num_rows=num_rows,
-                COLUMNS=columns,
-                HAS_BIAS=bias is not None,
-                QUICK=kind == "quick_gelu",
-                BLOCK_ROWS=BLOCK[0],
-                BLOCK_COLUMNS=BLOCK[1],
-                num_warps=WARPS,
             )
+
+
+@functools.cache
+def _launcher(kernel, device, dtype, bias_dtype, columns, kind) -> Launcher:
+    constants = dict(COLUMNS=columns, HAS_BIAS=bias_dtype is not None, QUICK=kind == "quick_gelu")
+    constants |= dict(BLOCK_ROWS=BLOCK[0], BLOCK_COLUMNS=BLOCK[1])
+    return Launcher(kernel, constants, num_warps=WARPS)
 
 
 def _trusted(kernel, x: Tensor, bias: Tensor | None, kind: str) -> bool:
@@ -147,7 +153,7 @@ def _configuration(kernel, dtype, bias_dtype, columns: int, kind: str) -> proof.
     return proof.Configuration(name.replace("torch.", ""), (BLOCK, WARPS), trial)
 
 
-@torch.library.custom_op("zeroi2v::activation_forward", mutates_args=())
+@operator("zeroi2v::activation_forward")
 def activation_forward(x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     """`bias_activation` without its checks."""
     if not _trusted(_activation_fwd_kernel, x, bias, kind):
@@ -158,12 +164,12 @@ def activation_forward(x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     return out
 
 
-@activation_forward.register_fake
+@activation_forward.op.register_fake
 def _(x, bias, kind):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("zeroi2v::activation_backward", mutates_args=())
+@operator("zeroi2v::activation_backward")
 def activation_backward(grad: Tensor, x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     """Gradient of x for that of the output."""
     if not _trusted(_activation_bwd_kernel, x, bias, kind):
@@ -183,7 +189,7 @@ def _plain_gradient(grad: Tensor, x: Tensor, bias: Tensor | None, kind: str) -> 
     return out.to(x.dtype).contiguous()
 
 
-@activation_backward.register_fake
+@activation_backward.op.register_fake
 def _(grad, x, bias, kind):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -202,7 +208,7 @@ def _backward(ctx, grad):
     return x_grad, bias_grad, None
 
 
-activation_forward.register_autograd(_backward, setup_context=_save)
+activation_forward.op.register_autograd(_backward, setup_context=_save)
 
 
 def shipped(device: torch.device) -> Iterator[proof.Configuration]:

@@ -9,6 +9,8 @@
       `uses_kernels`
     linear layers           PyTorch (cuBLAS)         oneDNN for inference in        PyTorch
       `on_onednn`                                    float32, else PyTorch
+    patch embedding         a matrix product, not    PyTorch's convolution          likewise
+      `patches_by_product`  exported
     a block whose backbone  our block, known head    our block                      PyTorch's
       is frozen             widths, not in float64                                  autograd
       `trains_by_block`
@@ -25,7 +27,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from zeroi2v_kernels.device import HALF, TRITON_DTYPES, TRITON_WIDTHS
+from zeroi2v_kernels.device import HALF, TRITON_DTYPES, TRITON_WIDTHS, exporting
 
 HAS_TRITON = find_spec("triton") is not None  # imported when a kernel is first used
 # AVX-512's products of bfloat16, and not AMX's tiles.
@@ -47,7 +49,7 @@ def choose_backend(x: Tensor) -> str:
         fits = x.dtype in HALF and x.shape[-1] in TRITON_WIDTHS
         return "triton" if fits and HAS_TRITON else "sdpa"
     pays = matmul_pays(x.device, x.dtype, x.shape[2])
-    return "matmul" if pays and not torch.compiler.is_exporting() else "sdpa"
+    return "matmul" if pays and not exporting() else "sdpa"
 
 
 def matmul_pays(device: torch.device, dtype: torch.dtype, queries: int) -> bool:
@@ -65,7 +67,12 @@ def uses_kernels(x: Tensor) -> bool:
     Not in an exported program, which other machines run.
     """
     fits = x.is_cuda and HAS_TRITON and x.dtype in TRITON_DTYPES
-    return fits and not torch.compiler.is_exporting()
+    return fits and not exporting()
+
+
+def patches_by_product(video: Tensor) -> bool:
+    """True if the patches of `video` are multiplied as a matrix, and not by a convolution."""
+    return video.is_cuda and not exporting()
 
 
 def on_onednn(x: Tensor) -> bool:
@@ -82,7 +89,7 @@ def trains_by_block(x: Tensor, num_heads: int, backend: str | None) -> bool:
     Attention must be left to it (`backend` None) or be asked of the backend that it uses: `triton`
     on CUDA, `sdpa` on the CPU.
     """
-    if torch.compiler.is_exporting() or backend not in (None, "triton" if x.is_cuda else "sdpa"):
+    if exporting() or backend not in (None, "triton" if x.is_cuda else "sdpa"):
         return False
     if x.is_cuda:
         return uses_kernels(x) and x.shape[-1] // num_heads in TRITON_WIDTHS

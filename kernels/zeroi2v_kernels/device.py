@@ -8,14 +8,17 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 HALF = (torch.bfloat16, torch.float16)
 TRITON_DTYPES = (*HALF, torch.float32)
 TRITON_WIDTHS = (16, 32, 64, 128)
 """Widths of a head that the attention kernels take."""
+_HERE = nullcontext()
 
 
+@functools.cache
 def arch(device: torch.device) -> int:
     """The entry of the launch tables for `device`; the interpreter takes that of Hopper."""
     if device.type != "cuda":
@@ -23,9 +26,55 @@ def arch(device: torch.device) -> int:
     return {9: 90, 10: 100}.get(torch.cuda.get_device_capability(device)[0], 80)
 
 
+def exporting() -> bool:
+    """True while `torch.export` traces, and not while `torch.compile` does.
+
+    In PyTorch 2.11 `torch.compiler.is_exporting()` is true for both.
+    """
+    return torch.compiler._is_exporting_flag
+
+
 def on_device(x: Tensor) -> AbstractContextManager:
     """Makes the device of `x` the current one, on which Triton launches."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(x.device)
+
+
+def operator(name: str) -> Callable[[Callable], Callable]:
+    """`torch.library.custom_op`, left out for calls that nobody watches (`_is_watched`).
+
+    Its layers in Python take the host several times as long as the launch of a kernel does. The
+    operator itself is attribute `op` of the decorated function.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        op = torch.library.custom_op(name, function, mutates_args=())
+
+        @functools.wraps(function)
+        def call(x: Tensor, *args):
+            return op(x, *args) if _is_watched(x) else function(x, *args)
+
+        call.op = op
+        return call
+
+    return decorate
+
+
+def _is_watched(x: Tensor) -> bool:
+    """False if only the result matters: no gradient, compiler, subclass, mode or transform asks."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or type(x) not in (Tensor, nn.Parameter)
+        or is_in_torch_dispatch_mode()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def ceil_div(number: int, by: int) -> int:
+    """`number / by`, rounded up; Triton's own is made for kernels, and slow on the host."""
+    return -(-number // by)
 
 
 def packed(x: Tensor | None) -> Tensor | None:

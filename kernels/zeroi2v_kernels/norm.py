@@ -15,6 +15,7 @@ Source: LayerNorm, arXiv 1607.06450.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from itertools import product
 
@@ -25,8 +26,9 @@ import triton.language as tl
 from torch import Tensor
 
 from zeroi2v_kernels import bounds, proof
-from zeroi2v_kernels.device import on_device, packed
+from zeroi2v_kernels.device import ceil_div, on_device, operator, packed
 from zeroi2v_kernels.dot import INTERPRET
+from zeroi2v_kernels.launch import Launcher
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WARPS = 4
@@ -133,7 +135,7 @@ def _norm_bwd_kernel(
         tl.store(bias_sums_ptr + sums, bias_sum, mask=columns < C)
 
 
-@torch.library.custom_op("zeroi2v::norm_forward", mutates_args=())
+@operator("zeroi2v::norm_forward")
 def norm_forward(
     x: Tensor,
     residual: Tensor | None,
@@ -160,10 +162,14 @@ def norm_forward(
 
 
 def _run_forward(x, residual, weight, bias, eps, normed, total, mean, rstd) -> None:
-    columns, num_rows = x.shape[-1], mean.numel()
+    num_rows = mean.numel()
     if num_rows:
+        residual_dtype = None if residual is None else residual.dtype
+        dtypes = (residual_dtype, weight.dtype, bias.dtype, normed.dtype)
+        launch = _forward_launcher(_norm_fwd_kernel, x.device, x.shape[-1], x.dtype, *dtypes)
         with on_device(x):
-            _norm_fwd_kernel[(triton.cdiv(num_rows, TILE_ROWS),)](
+            launch(
+                (ceil_div(num_rows, TILE_ROWS),),
                 x_ptr=packed(x),
                 residual_ptr=packed(residual),
                 weight_ptr=packed(weight),
@@ -174,12 +180,14 @@ def _run_forward(x, residual, weight, bias, eps, normed, total, mean, rstd) -> N
                 rstd_ptr=rstd,
                 num_rows=num_rows,
                 eps=eps,
-                C=columns,
-                HAS_RESIDUAL=residual is not None,
-                ROWS=TILE_ROWS,
-                BLOCK_C=triton.next_power_of_2(columns),
-                num_warps=WARPS,
             )
+
+
+@functools.cache
+def _forward_launcher(kernel, device, columns, x_dtype, residual_dtype, *dtypes) -> Launcher:
+    constants = dict(C=columns, HAS_RESIDUAL=residual_dtype is not None)
+    constants |= dict(ROWS=TILE_ROWS, BLOCK_C=triton.next_power_of_2(columns))
+    return Launcher(kernel, constants, num_warps=WARPS)
 
 
 def _forward_trial(x_dtype, residual_dtype, weight_dtype, bias_dtype, dtype, columns):
@@ -212,12 +220,12 @@ def _outputs(x, residual, dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return normed, total, mean, rstd
 
 
-@norm_forward.register_fake
+@norm_forward.op.register_fake
 def _(x, residual, weight, bias, eps, dtype):
     return _outputs(x, residual, dtype)
 
 
-@torch.library.custom_op("zeroi2v::norm_backward", mutates_args=())
+@operator("zeroi2v::norm_backward")
 def norm_backward(
     grad: Tensor,
     total_grad: Tensor | None,
@@ -243,7 +251,7 @@ def _gradients(total: Tensor, sums: bool) -> tuple[Tensor, Tensor, Tensor]:
     """What the kernel writes: of the sum, and of weight and bias by program."""
     out = torch.empty_like(total, memory_format=torch.contiguous_format)
     columns = total.shape[-1]
-    tiles = triton.cdiv(total.numel() // max(columns, 1), TILE_ROWS)
+    tiles = ceil_div(total.numel() // max(columns, 1), TILE_ROWS)
     shape = (min(tiles, _SUMMERS) if sums else 0, columns)
     return out, *(total.new_empty(shape, dtype=torch.float32) for _ in range(2))
 
@@ -251,11 +259,15 @@ def _gradients(total: Tensor, sums: bool) -> tuple[Tensor, Tensor, Tensor]:
 def _run_backward(
     grad, total_grad, total, mean, rstd, weight, sums, out, weight_sums, bias_sums
 ) -> None:
-    columns, num_rows = total.shape[-1], mean.numel()
+    num_rows = mean.numel()
     if num_rows:
+        passed_dtype = None if total_grad is None else total_grad.dtype
+        dtypes = (passed_dtype, grad.dtype, total.dtype, weight.dtype)
+        key = (total.device, total.shape[-1], sums, *dtypes)
+        launch = _backward_launcher(_norm_bwd_kernel, *key)
         with on_device(total):
-            programs = weight_sums.shape[0] if sums else triton.cdiv(num_rows, TILE_ROWS)
-            _norm_bwd_kernel[(programs,)](
+            launch(
+                (weight_sums.shape[0] if sums else ceil_div(num_rows, TILE_ROWS),),
                 grad_ptr=packed(grad),
                 total_grad_ptr=packed(total_grad),
                 total_ptr=packed(total),
@@ -266,13 +278,14 @@ def _run_backward(
                 weight_sums_ptr=weight_sums,
                 bias_sums_ptr=bias_sums,
                 num_rows=num_rows,
-                C=columns,
-                HAS_TOTAL_GRAD=total_grad is not None,
-                SUMS=sums,
-                ROWS=TILE_ROWS,
-                BLOCK_C=triton.next_power_of_2(columns),
-                num_warps=SUMMER_WARPS if sums else WARPS,
             )
+
+
+@functools.cache
+def _backward_launcher(kernel, device, columns, sums, passed_dtype, *dtypes) -> Launcher:
+    constants = dict(C=columns, HAS_TOTAL_GRAD=passed_dtype is not None, SUMS=sums)
+    constants |= dict(ROWS=TILE_ROWS, BLOCK_C=triton.next_power_of_2(columns))
+    return Launcher(kernel, constants, num_warps=SUMMER_WARPS if sums else WARPS)
 
 
 def _backward_trial(grad_dtype, passed_dtype, dtype, weight_dtype, sums, columns):
@@ -317,7 +330,7 @@ def _plain_gradients(grad, total_grad, total, mean, rstd, weight, sums):
     return out.to(total.dtype).contiguous(), dweight, dbias
 
 
-@norm_backward.register_fake
+@norm_backward.op.register_fake
 def _(grad, total_grad, total, mean, rstd, weight, sums):
     width = total.shape[-1]
     of_weights = (grad.new_empty(width, dtype=torch.float32) for _ in range(2))
@@ -352,7 +365,7 @@ def _backward(ctx, grad, total_grad, *_):
     )
 
 
-norm_forward.register_autograd(_backward, setup_context=_save)
+norm_forward.op.register_autograd(_backward, setup_context=_save)
 
 
 def shipped(device: torch.device) -> Iterator[proof.Configuration]:

@@ -189,7 +189,7 @@ def _sources() -> str:
 
 @functools.cache
 def _platform(device: torch.device) -> tuple[Hashable, ...]:
-    """Triton, the device and its driver, the compiler behind Triton."""
+    """Triton, the device, the compiler behind Triton."""
     if device.type != "cuda":
         return (triton.__version__, "interpreter")
     nvidia = triton.knobs.nvidia
@@ -198,7 +198,6 @@ def _platform(device: torch.device) -> tuple[Hashable, ...]:
     return (
         triton.__version__,
         torch.version.cuda,
-        torch._C._cuda_getDriverVersion(),
         properties.name,
         (properties.major, properties.minor),
         *tools,

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zeroi2v_kernels import choice, stdha_matmul
-from zeroi2v_kernels.device import HALF, TRITON_DTYPES, TRITON_WIDTHS
+from zeroi2v_kernels.device import HALF, TRITON_DTYPES, TRITON_WIDTHS, operator
 from zeroi2v_kernels.stdha_flash import attend_grouped, flash_attention
 
 BACKENDS = ("triton", "flash", "matmul", "sdpa", "reference")
@@ -195,7 +195,7 @@ def _attend(
     return out.transpose(1, 2).unflatten(0, frames)
 
 
-@torch.library.custom_op("zeroi2v::stdha", mutates_args=())
+@operator("zeroi2v::stdha")
 def stdha_op(
     qkv: Tensor, head_offsets: list[int], scale: float, named: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -208,7 +208,7 @@ def stdha_op(
     return stdha_launch.forward(qkv[:, :, :, 0], qkv[:, :, :, 1:], head_offsets, scale, named)
 
 
-@torch.library.custom_op("zeroi2v::stdha_backward", mutates_args=())
+@operator("zeroi2v::stdha_backward")
 def stdha_backward_op(
     grad: Tensor,
     qkv: Tensor,
@@ -231,7 +231,7 @@ def stdha_backward_op(
     return dqkv
 
 
-@torch.library.custom_op("zeroi2v::stdha_split", mutates_args=())
+@operator("zeroi2v::stdha_split")
 def stdha_split_op(
     query: Tensor, key_value: Tensor, head_offsets: list[int], scale: float, named: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -241,7 +241,7 @@ def stdha_split_op(
     return stdha_launch.forward(query, key_value, head_offsets, scale, named)
 
 
-@torch.library.custom_op("zeroi2v::stdha_split_backward", mutates_args=())
+@operator("zeroi2v::stdha_split_backward")
 def stdha_split_backward_op(
     grad: Tensor,
     query: Tensor,
@@ -263,7 +263,7 @@ def stdha_split_backward_op(
     return gradients
 
 
-@torch.library.custom_op("zeroi2v::stdha_matmul", mutates_args=())
+@operator("zeroi2v::stdha_matmul")
 def stdha_matmul_op(
     query: Tensor, key_value: Tensor, head_offsets: list[int], scale: float
 ) -> Tensor:
@@ -271,7 +271,7 @@ def stdha_matmul_op(
     return stdha_matmul.forward(query, key_value, head_offsets, scale)
 
 
-@torch.library.custom_op("zeroi2v::stdha_matmul_backward", mutates_args=())
+@operator("zeroi2v::stdha_matmul_backward")
 def stdha_matmul_backward_op(
     grad: Tensor, query: Tensor, key_value: Tensor, head_offsets: list[int], scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -317,22 +317,22 @@ def _stdha_matmul_backward(ctx, grad):
     return *gradients, None, None
 
 
-stdha_op.register_fake(lambda qkv, *_: _fake_forward(qkv[:, :, :, 0]))
-stdha_split_op.register_fake(lambda query, *_: _fake_forward(query))
-stdha_backward_op.register_fake(lambda grad, qkv, *_: _fake_gradient(qkv))
-stdha_split_backward_op.register_fake(
+stdha_op.op.register_fake(lambda qkv, *_: _fake_forward(qkv[:, :, :, 0]))
+stdha_split_op.op.register_fake(lambda query, *_: _fake_forward(query))
+stdha_backward_op.op.register_fake(lambda grad, qkv, *_: _fake_gradient(qkv))
+stdha_split_backward_op.op.register_fake(
     lambda grad, query, key_value, *_: (_fake_gradient(query), _fake_gradient(key_value))
 )
-stdha_matmul_op.register_fake(lambda query, *_: query.new_empty(query.shape))
-stdha_matmul_backward_op.register_fake(
+stdha_matmul_op.op.register_fake(lambda query, *_: query.new_empty(query.shape))
+stdha_matmul_backward_op.op.register_fake(
     lambda grad, query, key_value, *_: (_fake_gradient(query), _fake_gradient(key_value))
 )
-stdha_op.register_autograd(_stdha_backward, setup_context=_save)
-stdha_split_op.register_autograd(_stdha_split_backward, setup_context=_save)
-stdha_matmul_op.register_autograd(_stdha_matmul_backward, setup_context=_save_inputs)
+stdha_op.op.register_autograd(_stdha_backward, setup_context=_save)
+stdha_split_op.op.register_autograd(_stdha_split_backward, setup_context=_save)
+stdha_matmul_op.op.register_autograd(_stdha_matmul_backward, setup_context=_save_inputs)
 
 
-@torch.library.custom_op("zeroi2v::shift_heads", mutates_args=())
+@operator("zeroi2v::shift_heads")
 def shift_heads(key_value: Tensor, head_offsets: list[int]) -> Tensor:
     """Copy of `key_value [B, T, N, 2, H, D]` in which head h of frame t is that of s(t, h)."""
     out = key_value.clone(memory_format=torch.contiguous_format)
@@ -340,12 +340,12 @@ def shift_heads(key_value: Tensor, head_offsets: list[int]) -> Tensor:
     return out
 
 
-@shift_heads.register_fake
+@shift_heads.op.register_fake
 def _(key_value, head_offsets):
     return torch.empty_like(key_value, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("zeroi2v::shift_heads_backward", mutates_args=())
+@operator("zeroi2v::shift_heads_backward")
 def shift_heads_backward(grad: Tensor, head_offsets: list[int]) -> Tensor:
     """Adjoint of `shift_heads`: frame s collects the gradients of all frames that read it."""
     num_frames = grad.shape[1]
@@ -366,7 +366,7 @@ def shift_heads_backward(grad: Tensor, head_offsets: list[int]) -> Tensor:
     return out
 
 
-@shift_heads_backward.register_fake
+@shift_heads_backward.op.register_fake
 def _(grad, head_offsets):
     return torch.empty_like(grad, memory_format=torch.contiguous_format)
 
@@ -379,7 +379,7 @@ def _backward(ctx, grad):
     return shift_heads_backward(grad, ctx.head_offsets), None
 
 
-shift_heads.register_autograd(_backward, setup_context=_save_offsets)
+shift_heads.op.register_autograd(_backward, setup_context=_save_offsets)
 
 
 def _move_heads_(out: Tensor, key_value: Tensor, head_offsets: tuple[int, ...]) -> None:

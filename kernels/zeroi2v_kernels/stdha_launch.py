@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,10 +17,12 @@ from zeroi2v_kernels.device import (
     TRITON_DTYPES,
     TRITON_WIDTHS,
     arch,
+    ceil_div,
     on_device,
     packed,
 )
 from zeroi2v_kernels.dot import INTERPRET
+from zeroi2v_kernels.launch import Launcher
 
 LOG2_E = 1.4426950408889634
 ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}  # in Triton
@@ -148,15 +151,10 @@ def backward(
 
 def _run_forward(query, key_value, head_offsets, scale, out, lse) -> None:
     query, key_value = _aligned(query), _aligned(key_value)
-    plan = plan_forward(query, key_value, head_offsets, arch(query.device))
-    _launch(
-        plan,
-        query,
-        dict(q_ptr=query, kv_ptr=key_value, out_ptr=out, lse_ptr=lse)
-        | _strides("q", query)
-        | _strides("k", key_value)
-        | dict(T=query.shape[1], scale_log2=scale * LOG2_E),
-    )
+    tensors = (query, key_value)
+    (launch,) = _launches("forward", *_layout(tensors), tuple(head_offsets), query.device)
+    with on_device(query):
+        launch(q_ptr=query, kv_ptr=key_value, out_ptr=out, lse_ptr=lse, scale_log2=scale * LOG2_E)
 
 
 def _run_backward(
@@ -164,20 +162,22 @@ def _run_backward(
 ) -> None:
     query, key_value, grad = _aligned(query), _aligned(key_value), _aligned(grad)
     out, lse = packed(out), packed(lse)
-    plans = plan_backward(query, key_value, head_offsets, arch(query.device))
-    delta = None if "fused" in plans else torch.empty_like(lse)  # from one kernel to the next
-    arguments = (
-        dict(q_ptr=query, kv_ptr=key_value, out_ptr=out, lse_ptr=lse, grad_ptr=grad)
-        | dict(dq_ptr=dquery, dkv_ptr=dkey_value, delta_ptr=delta)
-        | _strides("q", query)
-        | _strides("k", key_value)
-        | _strides("g", grad)
-        | _strides("dq", dquery)
-        | _strides("dk", dkey_value)
-        | dict(T=query.shape[1], scale=scale, scale_log2=scale * LOG2_E)
-    )
-    for plan in plans.values():
-        _launch(plan, query, arguments)
+    layout = _layout((query, key_value, grad, dquery, dkey_value))
+    launches = _launches("backward", *layout, tuple(head_offsets), query.device)
+    shared = dict(q_ptr=query, kv_ptr=key_value, lse_ptr=lse, grad_ptr=grad)
+    shared |= dict(scale=scale, scale_log2=scale * LOG2_E)
+    with on_device(query):
+        if len(launches) == 1:
+            launches[0](**shared, out_ptr=out, dq_ptr=dquery, dkv_ptr=dkey_value)
+        else:
+            delta = torch.empty_like(lse)  # from one kernel to the next
+            launches[0](**shared, out_ptr=out, dq_ptr=dquery, delta_ptr=delta)
+            launches[1](**shared, dkv_ptr=dkey_value, delta_ptr=delta)
+
+
+def _layout(tensors: Sequence[Tensor]) -> tuple:
+    """Dtype, shapes and strides: with offsets and device, all that launches depend on."""
+    return tensors[0].dtype, *((x.shape, x.stride()) for x in tensors)
 
 
 def _trusted(direction, query, key_value, head_offsets, named) -> bool:
@@ -250,7 +250,7 @@ def plan_forward(query: Tensor, key_value: Tensor, head_offsets: Sequence[int], 
         return Plan(kernels._forward_resident_kernel, 1, constants, launch)
     launch = _launch_of(query, "streamed", arch)
     constants |= dict(BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, TAIL=_tail(N, launch.block_n))
-    return Plan(kernels._forward_streamed_kernel, triton.cdiv(M, launch.block_m), constants, launch)
+    return Plan(kernels._forward_streamed_kernel, ceil_div(M, launch.block_m), constants, launch)
 
 
 def plan_backward(
@@ -271,11 +271,11 @@ def plan_backward(
     launch = _launch_of(query, "query", arch)
     tiles = dict(BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, TAIL=_tail(N, launch.block_n))
     tiles |= dict(RELOAD=query.dtype == torch.float32)
-    programs = triton.cdiv(M, launch.block_m)
+    programs = ceil_div(M, launch.block_m)
     by_query = Plan(kernels._backward_query_kernel, programs, constants | tiles, launch)
     launch = _launch_of(query, "key_value", arch)
     tiles = dict(BLOCK_M=launch.block_m, BLOCK_N=launch.block_n)
-    programs = triton.cdiv(N, launch.block_n)
+    programs = ceil_div(N, launch.block_n)
     by_key = Plan(kernels._backward_key_value_kernel, programs, constants | tiles, launch)
     return {"query": by_query, "key_value": by_key}
 
@@ -309,21 +309,39 @@ def _tail(num_keys: int, block: int) -> int:
     return max(16, triton.next_power_of_2(rest)) if rest else 0
 
 
-def _launch(plan: Plan, query: Tensor, arguments: dict[str, Tensor | float]) -> None:
-    """Runs `plan` on all heads of all frames; few of them share out their queries further.
+@functools.lru_cache(1024)
+def _launches(direction: str, dtype: torch.dtype, *what) -> list[Callable[..., None]]:
+    """The kernels of a direction, in their order, ready but for tensors and scale.
 
-    The kernel takes those of `arguments` that it has, by name.
+    `what` is shapes and strides of `_layout`, then offsets and device.
     """
+    *layout, head_offsets, device = what
+    like = [torch.empty_strided(*x, dtype=dtype, device="meta") for x in layout]
+    query, key_value = like[:2]
+    given = dict(T=query.shape[1])
+    for name, x in zip(("q", "k", "g", "dq", "dk"), like, strict=False):
+        given |= _strides(name, x)
+    if direction == "forward":
+        plans = [plan_forward(query, key_value, head_offsets, arch(device))]
+    else:
+        plans = plan_backward(query, key_value, head_offsets, arch(device)).values()
+    launches = []
+    for plan in plans:
+        options = dict(num_warps=plan.launch.warps, num_stages=plan.launch.stages)
+        launcher = Launcher(plan.kernel, plan.constants, **options)
+        taken = {name: given[name] for name in plan.kernel.arg_names if name in given}
+        launches.append(functools.partial(launcher, _grid(plan, query, device), **taken))
+    return launches
+
+
+def _grid(plan: Plan, query: Tensor, device: torch.device) -> tuple[int, ...]:
+    """A program or more for each head of all frames; few of them share out their queries."""
     batch, frames, num_queries, heads, _ = query.shape
     heads = batch * frames * heads
-    grid = (heads * plan.programs,)
-    if plan.kernel is kernels._forward_resident_kernel:
-        tiles = triton.cdiv(num_queries, plan.launch.block_m)
-        grid += (min(tiles, triton.cdiv(_wanted_programs(query.device), heads)),)
-    taken = {name: arguments[name] for name in plan.kernel.arg_names if name in arguments}
-    options = dict(num_warps=plan.launch.warps, num_stages=plan.launch.stages)
-    with on_device(query):
-        plan.kernel[grid](**taken, **plan.constants, **options)
+    if plan.kernel is not kernels._forward_resident_kernel:
+        return (heads * plan.programs,)
+    tiles = ceil_div(num_queries, plan.launch.block_m)
+    return heads * plan.programs, min(tiles, ceil_div(_wanted_programs(device), heads))
 
 
 def _wanted_programs(device: torch.device) -> int:
@@ -343,10 +361,15 @@ def _check_device(x: Tensor) -> None:
 
 def _aligned(x: Tensor) -> Tensor:
     """`x` itself if its rows allow loads of 16 bytes, else a copy."""
-    strides = [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
-    if x.stride(-1) == 1 and all(s % 16 == 0 for s in strides[:-1]) and x.data_ptr() % 16 == 0:
+    if x.data_ptr() % 16 == 0 and _rows_align(x.shape, x.stride()):
         return x
     return x.clone(memory_format=torch.contiguous_format)
+
+
+@functools.lru_cache(1024)
+def _rows_align(shape: torch.Size, strides: tuple[int, ...]) -> bool:
+    *steps, last = ((stride, size) for stride, size in zip(strides, shape, strict=True))
+    return last[0] == 1 and all(stride % 16 == 0 for stride, size in steps if size > 1)
 
 
 def _strides(name: str, x: Tensor) -> dict[str, int]:

@@ -31,7 +31,6 @@ _BY_TAG: dict[int, Matrix] = {
     9: "bt2020",
 }
 MATRIX_TAGS = tuple(_BY_TAG)
-BT709, UNTAGGED = 1, 2
 _FULL_RANGE = 2
 
 

@@ -19,15 +19,7 @@ from fractions import Fraction
 import av
 import numpy as np
 
-from zeroi2v.data.colours import (
-    BT709,
-    MATRIX_TAGS,
-    UNTAGGED,
-    Matrix,
-    correction,
-    matrix_of,
-    tags,
-)
+from zeroi2v.data.colours import MATRIX_TAGS, Matrix, correction, matrix_of, tags
 from zeroi2v.data.nvdec import Capability
 from zeroi2v.data.orientation import UPRIGHT, orientation_of
 from zeroi2v.data.packets import Index, Limit, Surprise, packets_between, stretches
@@ -109,12 +101,12 @@ _NVDEC_CODECS = ("h264", "hevc", "av1", "vp9")
 def nvdec(capabilities: tuple[Capability, ...]) -> Cutter:
     """What DALI leaves to the hardware of a GPU that has these (`nvdec.capabilities`).
 
-    DALI 2.4 makes RGB of untagged video by BT.709 (seen on an H200), and so, whether it heeds tags
-    or not, of video tagged so. What it makes of other tags, and of full range, has not been seen.
+    DALI 2.4 makes RGB by BT.601, whatever the tag. Full range it knows by the bitstream alone, not
+    by the container, so that is PyAV's.
     """
     return Cutter(
         capabilities=tuple(c for c in capabilities if c.codec in _NVDEC_CODECS),
-        matrices={(matrix, False): "bt709" for matrix in (BT709, UNTAGGED)},
+        matrices={(tag, False): "bt601" for tag in MATRIX_TAGS},
     )
 
 

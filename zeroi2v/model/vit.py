@@ -41,8 +41,7 @@ class VideoViT(nn.Module, ModelHubMixin):
         self.origins: dict[str, str] = {}
         """JSON texts by file name (`model_card.ORIGINS`) that are saved with it."""
         width = config.width
-        patch = config.patch_size
-        self.conv1 = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
+        self.conv1 = PatchEmbedding(width, config.patch_size)
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty(config.num_tokens, width))
         self.temporal_embedding = nn.Parameter(torch.zeros(config.num_frames, width))
@@ -79,8 +78,7 @@ class VideoViT(nn.Module, ModelHubMixin):
             raise ValueError(
                 f"video must be [B, 3, {frames}, {size}, {size}]: got {list(video.shape)}"
             )
-        images = rearrange(video, "b c t h w -> (b t) c h w").to(self.conv1.weight.dtype)
-        patches = rearrange(self.conv1(images), "(b t) c h w -> b t (h w) c", t=frames)
+        patches = self.conv1(video.to(self.conv1.weight.dtype))
         cls = self.class_embedding.to(patches.dtype).expand(*patches.shape[:2], 1, -1)
         x = torch.cat([cls, patches], dim=2) + self.positional_embedding.to(patches.dtype)
         x = x + self.temporal_embedding.to(x.dtype).unsqueeze(1)
@@ -144,6 +142,25 @@ class VideoViT(nn.Module, ModelHubMixin):
         nn.init.normal_(self.positional_embedding, std=width**-0.5)
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
+
+
+class PatchEmbedding(nn.Conv2d):
+    """A linear layer on the pixels of each patch, which CLIP writes as a convolution.
+
+    On CUDA it is the matrix product that it stands for: cuDNN takes several times as long, and in
+    float32 multiplies in TF32 unless told otherwise.
+    """
+
+    def __init__(self, width: int, patch_size: int):
+        super().__init__(3, width, kernel_size=patch_size, stride=patch_size, bias=False)
+
+    def forward(self, video: Tensor) -> Tensor:
+        """`[B, 3, T, H, W]` -> `[B, T, H/P W/P, C]`."""
+        if choice.patches_by_product(video):
+            patch, pattern = self.kernel_size[0], "b c t (h p) (w q) -> b t (h w) (c p q)"
+            return F.linear(rearrange(video, pattern, p=patch, q=patch), self.weight.flatten(1))
+        images = rearrange(video, "b c t h w -> (b t) c h w")
+        return rearrange(super().forward(images), "(b t) c h w -> b t (h w) c", t=video.shape[2])
 
 
 class Transformer(nn.Module):

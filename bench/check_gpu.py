@@ -5,9 +5,9 @@
     python -m bench.check_gpu --sanitizer              the kernels under compute-sanitizer alone
     python -m bench.check_gpu --dry                    the same steps without a GPU
 
-Each step is a process of its own with a time limit, and a line; the next one goes on after a
-failure. Results are written as steps end. What a package is missing for is skipped by name, and a
-skip is no pass. Exit status 1 if a step failed.
+Each step is a process of its own with a time limit, and a line; the others go on after a failure.
+Checks run side by side where there are cores, figures alone. Results are written as steps end. What
+a package is missing for is skipped by name, and a skip is no pass. Exit status 1 if a step failed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +32,8 @@ from bench.machine import commit
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
+_CORES = len(os.sched_getaffinity(0))
+_RUNNING: set[subprocess.Popen] = set()
 _GRACE = 5
 """Seconds that a process has to end after it has been told to."""
 
@@ -74,7 +77,7 @@ def _pytest(*words: str) -> tuple[str, ...]:
 
 def _shared(*words: str) -> tuple[str, ...]:
     """Tests whose time is the compiling of kernels: by several processes, if there are cores."""
-    share = min(len(os.sched_getaffinity(0)) // 2, 6)
+    share = min(_CORES // 2, 6)
     several = share > 1 and find_spec("xdist") is not None
     return _pytest(*words, *(("-n", str(share), "--dist", "worksteal") if several else ()))
 
@@ -96,11 +99,11 @@ _DATA, _TRAIN = ("nvidia.dali", "av"), ("nvidia.dali", "av", "deepspeed")
 STEPS = (
     Step("doctor", ("-m", "zeroi2v.doctor", "--json"), 90, dry=True),
     Step("kernels", _shared(*_KERNELS), 150),
-    Step("model", _on_gpu("test_model"), 60, ("av",), dry=True),
+    Step("model", _on_gpu("test_model"), 90, ("av",), dry=True),
     Step("training block", _shared("tests/test_training_block.py"), 90, _TRAIN),
-    Step("data", _on_gpu("test_data"), 60, _DATA, dry=True),
+    Step("data", _on_gpu("test_data"), 90, _DATA, dry=True),
     Step("training", _on_gpu("test_train_in"), 120, _TRAIN),
-    Step("resume", _on_gpu("test_train_killed"), 60, _TRAIN),
+    Step("resume", _on_gpu("test_train_killed"), 90, _TRAIN),
     Step("artefacts", _on_gpu("test_artefacts"), 90, (*_DATA, "onnxruntime", "onnxscript")),
     Step("flash", _on_gpu("test_flash"), 60, ("flash_attn",)),
     Step("benches", _shared("bench", "-k", "not data and not predict and not reparam"), 120),
@@ -165,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
 def check(
     steps: tuple[Step, ...], out: Path, seconds: float, dry: bool = False
 ) -> Iterator[Outcome]:
-    """Runs the steps one after the other; results are written to `out` after each.
+    """Runs the steps; results are written to `out` after each.
 
     Args:
         steps: what is run, in order.
@@ -175,25 +178,44 @@ def check(
     """
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    begun, done = time.monotonic(), []
+    begun, done = time.monotonic(), {}
     report: dict[str, Any] = {
         "commit": commit(), "command": " ".join(sys.argv), "dry": dry, "machine": None, "steps": []
     }  # fmt: skip
-    for step in steps:
+
+    def take(step: Step) -> Outcome:
         reason = _reason_to_skip(step, dry)
         if reason is None and time.monotonic() - begun > seconds:
             reason = f"no time left of {seconds / 60:g} minutes"
-        outcome = Outcome(step.name, "skipped", said=reason) if reason else run(step, out)
-        done.append(outcome)
+        return Outcome(step.name, "skipped", said=reason) if reason else run(step, out)
+
+    for outcome in _side_by_side(take, steps):
+        done[outcome.name] = outcome
         if report["machine"] is None and not dry:
             from bench.machine import machine_card
 
             report["machine"] = machine_card()
-        report["steps"] = [asdict(o) for o in done]
+        report["steps"] = [asdict(done[step.name]) for step in steps if step.name in done]
         temporary = out / ".check_gpu.json"
         temporary.write_text(json.dumps(report, indent=1) + "\n")
         temporary.replace(out / "check_gpu.json")
         yield outcome
+
+
+def _side_by_side(take: Callable[[Step], Outcome], steps: tuple[Step, ...]) -> Iterator[Outcome]:
+    """Outcomes as they come: of checks, one for every four cores at a time, then of figures."""
+    pool = ThreadPoolExecutor(max(1, _CORES // 4))
+    try:
+        checks = [pool.submit(take, step) for step in steps if not step.figures]
+        for check in as_completed(checks):
+            yield check.result()
+    finally:  # of all, or when nobody waits for the others
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(_RUNNING):
+            _end(process)
+    for step in steps:
+        if step.figures:
+            yield take(step)
 
 
 def _reason_to_skip(step: Step, dry: bool) -> str | None:
@@ -227,12 +249,14 @@ def run(step: Step, out: Path) -> Outcome:
             command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
+        _RUNNING.add(process)
         try:
             process.wait(step.limit)
         except subprocess.TimeoutExpired:
             late = True
         finally:
             _end(process)
+            _RUNNING.discard(process)
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     outcome = Outcome(
         step.name, "failed", time.monotonic() - begun, log=str(log), lines=lines[-40:]

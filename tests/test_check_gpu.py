@@ -68,6 +68,36 @@ def test_children_of_a_step_end_with_it(tmp_path):
     raise AssertionError("its child lives on")
 
 
+def test_checks_run_side_by_side_and_figures_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(check_gpu, "_CORES", 8)
+    beside = "import time; from pathlib import Path; Path('{0}').touch()\n"
+    beside += "while not Path('{1}').exists(): time.sleep(0.02)\n" + PASSES
+    one, other, figures = (tmp_path / name for name in ("one", "other", "figures"))
+    code = f"import pathlib; pathlib.Path({str(figures)!r}).touch(); time.sleep(1); " + PASSES
+    steps = (
+        step("times", "import time; " + code, figures=True),
+        step("waits for the other", beside.format(one, other)),
+        step("waits for the one", beside.format(other, one)),
+    )
+    outcomes = check(steps, tmp_path, 60)
+    first = [next(outcomes), next(outcomes)]
+    assert not figures.exists() and {o.status for o in first} == {"passed"}
+    assert next(outcomes).name == "times"
+    report = json.loads((tmp_path / "check_gpu.json").read_text())
+    assert [s["name"] for s in report["steps"]] == [s.name for s in steps]
+
+
+def test_whoever_stops_it_stops_all_that_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(check_gpu, "_CORES", 8)
+    steps = (step("passes", PASSES), step("hangs", "import time; time.sleep(600)", limit=600))
+    outcomes = check(steps, tmp_path, 60)
+    assert next(outcomes).name == "passes"
+    begun = time.monotonic()
+    outcomes.close()
+    assert not check_gpu._RUNNING or time.sleep(1) or not check_gpu._RUNNING
+    assert time.monotonic() - begun < 20
+
+
 def _alive(pid: str) -> bool:
     return subprocess.run(["kill", "-0", pid], capture_output=True).returncode == 0
 

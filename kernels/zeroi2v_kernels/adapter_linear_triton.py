@@ -4,12 +4,12 @@
     out = x + residual + scale * (mid WEIGHT + bias)                      [n, C]
 
 Forward: WEIGHT = U^T. Backward: x is the output's gradient, WEIGHT = D, without bias or residual.
-The way down, x D^T or x U, is left to cuBLAS: fused with the way up, two products have fewer rows
-in flight than each alone, and lose more than the middle's traffic, a sixth of all, would save.
+The way down, x D^T or x U, is cuBLAS's: one kernel for both ways took longer than two calls of it,
+as it holds the middle in registers and so has few rows in flight, to spare a sixth of the bytes.
 
-A program of `_up_kernel` keeps its columns of WEIGHT and goes down the rows, and programs of the
-same rows run side by side, so that the middle comes from the cache. Each would have to draw the
-mask anew; a pass of its own over the middle draws it once, and finds the middle in the cache.
+A program of `_up_kernel` keeps its columns of WEIGHT and goes down the rows; programs of the same
+rows run side by side, so that the middle comes from the cache. Each of these C / BLOCK_N programs
+would draw the mask anew. A pass of its own draws it once, over what is in the cache too.
 
 The mask is a pure function of seed, place, row and column (Philox with 7 rounds, whose four words
 decide on 8 columns), so that nothing is stored. Both kernels sum the rows of what biases' gradients
@@ -49,8 +49,7 @@ LAUNCH = {
     100: Launch(64, 64, 444, 4, 1),
 }
 DROPOUT_BLOCK = (64, 64)
-# What stands for all that is used: channels, rank, dtype; and
-# whether backward, and dtype of the residual.
+# What stands for all that is used: channels, rank, dtype; whether backward, dtype of the residual.
 SHAPES = [(768, 192, "bf16"), (1024, 256, "bf16"), (768, 192, "fp16"), (192, 48, "bf16")]
 KINDS = [(False, None), (False, "same"), (False, "fp32"), (True, None)]
 

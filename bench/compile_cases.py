@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import triton
 from zeroi2v_kernels import activation, norm, stdha_launch
-from zeroi2v_kernels import adapter_linear_triton as bottleneck
+from zeroi2v_kernels import adapter_linear_triton as adapter_linear
 
 
 class Case(NamedTuple):
@@ -58,34 +58,34 @@ def _type_of(argument: str, element: str) -> str:
 
 
 def adapter(arch: int) -> Iterator[Case]:
-    for width, rank, element in bottleneck.SHAPES:
-        for backward, dropped, residual in bottleneck.KINDS:
-            constants, options = bottleneck.plan_bottleneck(
-                width, rank, backward, bool(residual), 0, dropped, arch
+    for width, rank, element in adapter_linear.SHAPES:
+        for backward, residual in adapter_linear.KINDS:
+            constants, options = adapter_linear.plan_up(
+                width, rank, backward, residual is not None, arch
             )
-            absent = ["first_bias_ptr", "second_bias_ptr"] * backward
-            absent += ["residual_ptr"] * (not residual) + ["seed_ptr"] * (not dropped)
-            types = dict.fromkeys(bottleneck._bottleneck_kernel.arg_names, f"*{element}")
-            types |= dict(seed_ptr="*i64", num_rows="i32", first_scale="fp32", scale="fp32")
+            types = dict.fromkeys(adapter_linear._up_kernel.arg_names, f"*{element}")
+            types |= dict(sums_ptr="*fp32", num_rows="i32", scale="fp32")
             if residual == "fp32":
                 types |= dict(residual_ptr="*fp32", out_ptr="*fp32")
+            absent = ["bias_ptr"] if backward else ["sums_ptr"]
+            absent += ["residual_ptr"] * (residual is None)
             constants |= dict.fromkeys(absent)
-            flags = " dropout" * bool(dropped) + f" residual {residual}" * bool(residual)
             yield Case(
                 name=f"adapter {'backward' if backward else 'forward'} C={width} R={rank} "
-                f"{element}{flags}",
-                kernel=bottleneck._bottleneck_kernel,
+                f"{element}{f' residual {residual}' * bool(residual)}",
+                kernel=adapter_linear._up_kernel,
                 types={name: kind for name, kind in types.items() if name not in constants},
                 constants=constants,
                 options=options,
                 tensor_cores=True,
             )
     for element in ("bf16", "fp16", "fp32"):
-        rows, columns = bottleneck.DROPOUT_BLOCK
+        rows, columns = adapter_linear.DROPOUT_BLOCK
+        types = dict(x_ptr=f"*{element}", seed_ptr="*i64", out_ptr=f"*{element}")
         yield Case(
             name=f"adapter dropout R=192 {element}",
-            kernel=bottleneck._dropout_kernel,
-            types=dict(x_ptr=f"*{element}", seed_ptr="*i64", out_ptr=f"*{element}", num_rows="i32"),
+            kernel=adapter_linear._dropout_kernel,
+            types=types | dict(sums_ptr="*fp32", num_rows="i32"),
             constants=dict(R=192, PLACE=0, DROPPED=6554, BLOCK_M=rows, BLOCK_R=columns),
             options=dict(num_warps=4),
             tensor_cores=False,

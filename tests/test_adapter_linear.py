@@ -1,4 +1,6 @@
-"""A frozen linear layer with its adapter: gradients against float64, dropout, the fused kernel."""
+"""A frozen linear layer with its adapter: gradients against float64, dropout, its kernels."""
+
+from itertools import product
 
 import pytest
 import torch
@@ -33,6 +35,11 @@ FEW, MANY = 20, 300  # rows; from many on merging pays
 def on_kernels(monkeypatch):
     """The GPU's path, in Triton's interpreter."""
     monkeypatch.setattr(choice, "uses_kernels", lambda x: True)
+
+
+@pytest.fixture
+def kernels():
+    return pytest.importorskip("zeroi2v_kernels.adapter_linear_triton", reason="needs triton")
 
 
 def make(place, rows, dtype=torch.float64, rank=16, scale=0.5, seed=0):
@@ -103,32 +110,62 @@ def test_kernels_are_as_exact(on_kernels, place, dtype):
 
 @pytest.mark.parametrize("rank", [16, 48, 192, 256])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_fused_kernel_equals_two_products(monkeypatch, rank, dropout):
-    """Ranks of one and two tiles, 140 rows in tiles of 128 or 64, 80 channels in tiles of 64."""
+def test_way_up_in_a_kernel_equals_a_product_and_sums(kernels, monkeypatch, rank, dropout):
+    """Ranks of one and two tiles; 140 rows, which two programs take in three turns; 80 channels."""
+    launch = {arch: x._replace(programs=2) for arch, x in kernels.LAUNCH.items()}
+    monkeypatch.setattr(kernels, "LAUNCH", launch)
     generator = torch.Generator().manual_seed(0)
     shapes = ((140, 80), (140, 80), (rank, 80), (rank,), (80, rank), (80,))
     tensors = [torch.randn(s, generator=generator).bfloat16().to(DEVICE) for s in shapes]
     x, residual, adapter = tensors[0], tensors[1].float(), Adapter(*tensors[2:], 0.5)
     drop = Dropout(dropout, torch.tensor(3, device=DEVICE) if dropout else None, place=2)
     monkeypatch.setattr(choice, "uses_kernels", lambda x: True)
+
+    def compute():
+        *grads, sums = adapt_grad(x, adapter, drop)
+        return [*adapt(x, adapter, drop, residual), *grads, *sums]
+
     with poisoned():
-        fused = [*adapt(x, adapter, drop, residual), *adapt_grad(x, adapter, drop)]
-    monkeypatch.setattr("zeroi2v_kernels.adapter_linear_triton.takes", lambda *_: False)
-    apart = [*adapt(x, adapter, drop, residual), *adapt_grad(x, adapter, drop)]
-    for actual, expected in zip(fused, apart, strict=True):
-        assert actual.dtype == expected.dtype
+        in_kernel, again = compute(), compute()
+    assert all(torch.equal(*two) for two in zip(in_kernel, again, strict=True))
+    monkeypatch.setattr(kernels, "takes", lambda *_: False)
+    for actual, expected in zip(in_kernel, compute(), strict=True):
+        assert actual.dtype == expected.dtype and actual.shape == expected.shape
         assert (actual - expected).float().norm() <= 0.01 * expected.float().norm()
-        if dropout and actual.shape[1] == rank:  # d and dd lose the same elements
+        if dropout and actual.shape == (140, rank):  # d and dd lose the same elements
             assert torch.equal(actual == 0, expected == 0)
 
 
-@pytest.mark.parametrize("kernels", [False, True])
-def test_dropout_depends_on_seed_and_place_alone(monkeypatch, kernels):
-    monkeypatch.setattr(choice, "uses_kernels", lambda x: kernels)
+def test_no_rows_give_sums_of_zero(on_kernels):
+    (x, *adapter), _ = make("before qkv", 0, torch.bfloat16)
+    drop = Dropout(0.4, torch.tensor(3, device=DEVICE))
+    x_grad, d_grad, sums = adapt_grad(x.detach(), Adapter(*adapter, 0.5), drop)
+    assert x_grad.shape == (0, 32) and d_grad.shape == (0, 16)
+    assert [s.tolist() for s in sums] == [[0.0] * 16, [0.0] * 32]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("rank", [20, 192])
+def test_dropout_applies_its_mask_and_sums_what_it_gives(kernels, rank, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(150, rank, generator=generator).to(DEVICE, dtype)
+    drawn = 2**15, torch.tensor(2**40 + 5, device=DEVICE), 3  # a mask of 0 and 2: exact
+    mask = kernels.mask(*x.shape, *drawn)
+    with poisoned():
+        out, sums = kernels.dropout(x.clone(), *drawn)
+    assert torch.equal(out, (x.float() * mask).to(dtype)) and out.dtype == dtype
+    expected = out.double().sum(0)
+    assert (sums.double().sum(0) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("in_kernels", [False, True])
+def test_dropout_depends_on_seed_and_place_alone(monkeypatch, in_kernels):
+    monkeypatch.setattr(choice, "uses_kernels", lambda x: in_kernels)
     like = torch.empty(400, 48, device=DEVICE)
+    drawn = [(5, 0), (5, 0), (5, 1), (6, 0)] + [(5 + 2**40, 0)] * in_kernels
     draws = [
         dropout_mask(like, Dropout(0.25, torch.tensor(seed, device=DEVICE), place))
-        for seed, place in [(5, 0), (5, 0), (5, 1), (6, 0), (5 + 2**40, 0)][: 5 if kernels else 4]
+        for seed, place in drawn
     ]
     assert torch.equal(draws[0], draws[1])
     for other in draws[2:]:
@@ -140,27 +177,33 @@ def test_dropout_depends_on_seed_and_place_alone(monkeypatch, kernels):
         assert mask.mean(0).max() < 1.15 and mask.mean(1).max() <= 1 / 0.75  # no stripes
 
 
-def test_philox_gives_the_published_numbers():
-    """Masks are Philox4x32 with 7 rounds of (row, column, place), keyed by the seed."""
-    from zeroi2v_kernels.adapter_linear_triton import dropout
+def test_decisions_of_one_draw_are_independent(kernels):
+    seed, rows = torch.tensor(5, device=DEVICE), 20_000
+    kept = kernels.mask(rows, 16, 2**14, seed, 0) != 0
+    assert (kept.double().mean(0) - 0.75).abs().max() <= 4 * (0.1875 / rows) ** 0.5
+    off = torch.corrcoef(kept.double().t()) - torch.eye(16, device=DEVICE)
+    assert off.abs().max() <= 4.5 * rows**-0.5
 
+
+def test_philox_gives_the_published_numbers(kernels):
+    """8 columns share the words of Philox4x32 with 7 rounds of (row, column // 8, place)."""
     seed, place, dropped = 0x1234567890ABCDEF, 3, 2**15
     ones = torch.ones(5, 20, device=DEVICE)
-    mask = dropout(ones, dropped, torch.tensor(seed, device=DEVICE), place)
-    for row in range(5):
-        for column in (0, 7, 19):
-            first = philox(row, column, place, 0, seed)
-            assert (mask[row, column] != 0) == ((first >> 16) >= dropped)
+    mask, _ = kernels.dropout(ones, dropped, torch.tensor(seed, device=DEVICE), place)
+    for row, column in product(range(5), range(20)):
+        word = philox(row, column // 8, place, 0, seed)[column % 8 // 2]
+        number = word >> 16 if column % 2 else word & 0xFFFF
+        assert (mask[row, column] != 0) == (number >= dropped)
 
 
-def philox(c0, c1, c2, c3, seed, rounds=7) -> int:
-    """First word of Philox4x32 (Salmon et al., SC 2011)."""
+def philox(c0, c1, c2, c3, seed, rounds=7) -> tuple[int, int, int, int]:
+    """Philox4x32 (Salmon et al., SC 2011)."""
     k0, k1, low = seed & 0xFFFFFFFF, seed >> 32, 0xFFFFFFFF
     for _ in range(rounds):
         a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2
         c0, c1, c2, c3 = (b >> 32) ^ c1 ^ k0, b & low, (a >> 32) ^ c3 ^ k1, a & low
         k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
-    return c0
+    return c0, c1, c2, c3
 
 
 def test_merging_is_exact_and_formed_in_float32():

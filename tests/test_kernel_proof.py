@@ -89,12 +89,14 @@ def adapter_forward():
 
 def adapter_gradient():
     adapter = Adapter(rand(16, 32) / 6, rand(16), rand(32, 16) / 4, rand(32), 0.5)
-    return list(adapt_grad(rand(40, 32), adapter, Dropout(0.4, torch.tensor(3, device=DEVICE), 1)))
+    drop = Dropout(0.4, torch.tensor(3, device=DEVICE), 1)
+    *grads, sums = adapt_grad(rand(40, 32), adapter, drop)
+    return [*grads, *sums]
 
 
 def dropout():
     seed = torch.tensor(3, device=DEVICE)
-    return [adapter_linear_triton.dropout(rand(40, 48), 2**15, seed, 0)]
+    return list(adapter_linear_triton.dropout(rand(40, 48), 2**15, seed, 0))
 
 
 def activation_forward():
@@ -124,8 +126,8 @@ def norm_gradient():
 OPERATORS = {  # what is computed, the kernel that does, and where it is looked up
     "attention": (attention_forward, stdha_triton, "_forward_streamed_kernel"),
     "attention's gradient": (attention_gradient, stdha_triton, "_backward_key_value_kernel"),
-    "adapter": (adapter_forward, adapter_linear_triton, "_bottleneck_kernel"),
-    "adapter's gradient": (adapter_gradient, adapter_linear_triton, "_bottleneck_kernel"),
+    "adapter": (adapter_forward, adapter_linear_triton, "_up_kernel"),
+    "adapter's gradient": (adapter_gradient, adapter_linear_triton, "_up_kernel"),
     "dropout": (dropout, adapter_linear_triton, "_dropout_kernel"),
     "activation": (activation_forward, activation, "_activation_fwd_kernel"),
     "activation's gradient": (activation_gradient, activation, "_activation_bwd_kernel"),
@@ -198,10 +200,8 @@ def small_configurations():
                 yield stdha_launch.configuration(direction, device, dtype, *tokens, 64, (-1, 1, 0))
     for dtype in (HALF, torch.float16):
         for residual in (None, torch.float32):
-            yield adapter_linear_triton._bottleneck_trial(
-                device, dtype, 80, 48, False, 6554, 1, residual
-            )
-        yield adapter_linear_triton._bottleneck_trial(device, dtype, 80, 48, True, 0, 0, None)
+            yield adapter_linear_triton._up_trial(device, dtype, 80, 48, False, residual)
+        yield adapter_linear_triton._up_trial(device, dtype, 80, 48, True, None)
     for dtype in (torch.float32, HALF, torch.float16):
         yield adapter_linear_triton._dropout_trial(dtype, 48, 6554, 0)
         for kernel in (activation._activation_fwd_kernel, activation._activation_bwd_kernel):

@@ -23,7 +23,8 @@ Merging costs 2 R in out or 4 R in out MACs whatever the number of tokens, so it
 2 out_features tokens on, and is valid only without dropout: then the forward runs on W' while the
 gradients keep to the bottleneck. W' is formed in float32.
 
-On a GPU an adapter is one Triton kernel in each direction (`adapter_linear_triton.py`).
+On a GPU the way up, x + s (d U^T + b_up) or g + dd D, is one Triton kernel, which gives the sums
+of g besides; the dropout is another, which gives those of dd (`adapter_linear_triton.py`).
 
 Source: ZeroI2V (arXiv 2310.01324), section 3.3.
 """
@@ -38,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zeroi2v_kernels import choice
-from zeroi2v_kernels.device import without_autocast
+from zeroi2v_kernels.device import packed, without_autocast
 
 
 class Adapter(NamedTuple):
@@ -164,7 +165,7 @@ def merge(weight: Tensor, bias: Tensor, adapter: Adapter, after: bool) -> tuple[
 
 def bottleneck(x: Tensor, adapter: Adapter, dropout: Dropout) -> Tensor:
     """d `[n, R]` of the adapter's input `x [n, C]`."""
-    return _drop(torch.addmm(adapter.down_bias, x, adapter.down.t()), dropout)
+    return _drop(torch.addmm(adapter.down_bias, x, adapter.down.t()), dropout)[0]
 
 
 def adapt(
@@ -178,13 +179,15 @@ def adapt(
 
     `overwrite` allows the result to take the place of x. A residual keeps its dtype.
     """
-    rank, dropped = adapter.down.shape[0], dropout.dropped
-    if choice.uses_kernels(x) and _triton().takes(x, rank, False, dropped, dropout.place, residual):
-        biases = (adapter.down_bias, adapter.up_bias)
-        return _triton().fused_bottleneck(
-            x, adapter.down, adapter.up, biases, adapter.scale, *_drawn(dropout), residual
-        )
+    in_kernel = choice.uses_kernels(x) and _triton().takes(
+        x, adapter.down.shape[0], False, residual
+    )
+    if in_kernel:
+        x = packed(x)
     d = bottleneck(x, adapter, dropout)
+    if in_kernel:
+        up = (adapter.up, adapter.up_bias, adapter.scale)
+        return _triton().add_up(x, d, *up, residual)[0], d
     if overwrite:
         out = x.addmm_(d, adapter.up.t(), alpha=adapter.scale)
     else:
@@ -195,18 +198,27 @@ def adapt(
     return out, d
 
 
-def adapt_grad(grad: Tensor, adapter: Adapter, dropout: Dropout) -> tuple[Tensor, Tensor]:
-    """dx `[n, C]` and dd `[n, R]` for the gradient of the adapter's output."""
-    rank, dropped = adapter.down.shape[0], dropout.dropped
-    if choice.uses_kernels(grad) and _triton().takes(grad, rank, True, dropped, dropout.place):
-        return _triton().fused_bottleneck(
-            grad, adapter.up, adapter.down, None, adapter.scale, *_drawn(dropout)
-        )
-    d_grad = grad.mm(adapter.up)
-    if adapter.scale != 1:
-        d_grad *= adapter.scale
-    d_grad = _drop(d_grad, dropout)
-    return torch.addmm(grad, d_grad, adapter.down), d_grad
+def adapt_grad(
+    grad: Tensor, adapter: Adapter, dropout: Dropout
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """dx `[n, C]` and dd `[n, R]` for the gradient of the adapter's output.
+
+    Then the sums of the rows of dd and of that gradient, `[R]` and `[C]`, in float32 at least.
+    """
+    in_kernel = choice.uses_kernels(grad) and _triton().takes(grad, adapter.down.shape[0], True)
+    if in_kernel:
+        grad = packed(grad)  # with beta 0 the first argument below counts for nothing
+        d_grad = torch.addmm(adapter.down_bias, grad, adapter.up, beta=0, alpha=adapter.scale)
+    else:
+        d_grad = grad.mm(adapter.up)
+        if adapter.scale != 1:
+            d_grad *= adapter.scale
+    d_grad, d_summands = _drop(d_grad, dropout)
+    if in_kernel:
+        x_grad, summands = _triton().add_up(grad, d_grad, adapter.down, None, 1.0)
+    else:
+        x_grad, summands = torch.addmm(grad, d_grad, adapter.down), grad
+    return x_grad, d_grad, (_sum(d_summands), _sum(summands))
 
 
 def parameter_grads(
@@ -214,6 +226,7 @@ def parameter_grads(
     x: Tensor,
     d: Tensor,
     d_grad: Tensor,
+    sums: tuple[Tensor, Tensor],
     scale: float,
     linear: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -223,17 +236,17 @@ def parameter_grads(
         grad: of the adapter's output, `[n, C]`.
         x: the adapter's input; or with `linear`, weight and bias, that layer's input.
         d: the bottleneck `[n, R]`.
-        d_grad: dd, as `adapt_grad` gives it.
+        d_grad, sums: dd, and the sums of dd and of `grad`, as `adapt_grad` gives them.
         scale: the adapter's factor.
     """
-    down_grad, down_bias_grad = d_grad.t().mm(x), _sum(d_grad)
+    down_grad, (down_bias_grad, up_bias_grad) = d_grad.t().mm(x), sums
     if linear is not None:
         weight, bias = linear
         down_grad = down_grad.mm(weight.t()).addr_(down_bias_grad.to(bias.dtype), bias)
-    up_grad, up_bias_grad = grad.t().mm(d), _sum(grad)
+    up_grad = grad.t().mm(d)
     if scale != 1:
         up_grad *= scale
-        up_bias_grad *= scale
+        up_bias_grad = up_bias_grad * scale
     return down_grad, down_bias_grad, up_grad, up_bias_grad
 
 
@@ -247,17 +260,18 @@ def merged_after_grad(
     down_bias = torch.addmv(adapter.down_bias, adapter.down, bias)
     d = torch.addmm(down_bias, x, adapter.down.mm(weight).t())
     d_grad = grad.mm(adapter.up).mul_(adapter.scale)
-    grads = parameter_grads(grad, x, d, d_grad, adapter.scale, (weight, bias))
+    sums = (_sum(d_grad), _sum(grad))
+    grads = parameter_grads(grad, x, d, d_grad, sums, adapter.scale, (weight, bias))
     return grad.mm(merge(weight, bias, adapter, after=True)[0]), grads
 
 
 def dropout_mask(like: Tensor, dropout: Dropout) -> Tensor:
     """0 or 1 / (1 - p), in shape `[n, R]`, dtype and device of `like`.
 
-    On the CPU each 64-bit random number makes four decisions; on a GPU Philox makes one.
+    Each 16 bits make a decision: on the CPU of 64-bit random numbers, on a GPU of Philox's words.
     """
     if choice.uses_kernels(like):
-        return _triton().dropout(torch.ones_like(like), *_drawn(dropout))
+        return _triton().dropout(torch.ones_like(like), *_drawn(dropout))[0]
     generator = torch.Generator(like.device).manual_seed(int(dropout.seed) + dropout.place)
     words = torch.empty((like.numel() + 3) // 4, dtype=torch.int64, device=like.device)
     words.random_(-(2**63), None, generator=generator)
@@ -277,13 +291,13 @@ def _drawn(dropout: Dropout) -> tuple[int, Tensor | None, int]:
     return dropout.dropped, dropout.seed, dropout.place
 
 
-def _drop(d: Tensor, dropout: Dropout) -> Tensor:
-    """Applies the mask; d may be written over."""
-    if dropout.probability == 0:
-        return d
-    if choice.uses_kernels(d):
+def _drop(d: Tensor, dropout: Dropout) -> tuple[Tensor, Tensor]:
+    """Applies the mask, where d may be written over; then d again, or fewer rows of its sum."""
+    if dropout.probability and choice.uses_kernels(d):
         return _triton().dropout(d, *_drawn(dropout))
-    return d.mul_(dropout_mask(d, dropout))
+    if dropout.probability:
+        d = d.mul_(dropout_mask(d, dropout))
+    return d, d
 
 
 def _sum(x: Tensor) -> Tensor:
@@ -343,15 +357,15 @@ def adapter_linear_backward(
         x_grad, grads = merged_after_grad(grad, source, weight, bias, parts)
     elif after:
         through = None if _keeps_output(weight) else (weight, bias)
-        p_grad, d_grad = adapt_grad(grad, parts, drop)
-        grads = parameter_grads(grad, source, d, d_grad, scale, through)
+        p_grad, d_grad, sums = adapt_grad(grad, parts, drop)
+        grads = parameter_grads(grad, source, d, d_grad, sums, scale, through)
         x_grad = p_grad.mm(weight)
     else:
         if d is None:
             d = bottleneck(source, parts, drop)
         grad = grad.mm(weight)
-        x_grad, d_grad = adapt_grad(grad, parts, drop)
-        grads = parameter_grads(grad, source, d, d_grad, scale)
+        x_grad, d_grad, sums = adapt_grad(grad, parts, drop)
+        grads = parameter_grads(grad, source, d, d_grad, sums, scale)
     return [x_grad, *(g.to(w.dtype) for g, w in zip(grads, adapter, strict=True))]
 
 

@@ -1,12 +1,19 @@
-"""Triton kernels of the linear adapter: the fused bottleneck, forward and backward, and dropout.
+"""Triton kernels of the linear adapter: dropout of the bottleneck, and the way up from it.
 
-    mid = mask * (first_scale * x FIRST + first_bias)                     [n, R]
-    out = x + residual + scale * (mid SECOND + second_bias)               [n, C]
+    mid = mask * mid                                                      [n, R]
+    out = x + residual + scale * (mid WEIGHT + bias)                      [n, C]
 
-Forward: FIRST = D^T, SECOND = U^T. Backward, with the output's gradient as x: FIRST = U,
-SECOND = D. The middle stays in registers, as at most two tiles that are powers of 2 wide; x is
-read twice, the second time from the cache. A mask is a pure function of seed, place, row and column
-(Philox with 7 rounds), so that nothing is stored. Importing this module imports triton.
+Forward: WEIGHT = U^T. Backward: x is the output's gradient, WEIGHT = D, without bias or residual.
+The way down, x D^T or x U, is cuBLAS's: one kernel for both ways took longer than two calls of it,
+as it holds the middle in registers and so has few rows in flight, to spare a sixth of the bytes.
+
+A program of `_up_kernel` keeps its columns of WEIGHT and goes down the rows; programs of the same
+rows run side by side, so that the middle comes from the cache. Each of these C / BLOCK_N programs
+would draw the mask anew. A pass of its own draws it once, over what is in the cache too.
+
+The mask is a pure function of seed, place, row and column (Philox with 7 rounds, whose four words
+decide on 8 columns), so that nothing is stored. Both kernels sum the rows of what biases' gradients
+are made of, in float32, by program: no atomics. Importing this module imports triton.
 """
 
 from __future__ import annotations
@@ -20,84 +27,67 @@ import triton.language as tl
 from torch import Tensor
 
 from zeroi2v_kernels import bounds, proof
+from zeroi2v_kernels.device import HALF, TRITON_DTYPES, on_device, packed
 from zeroi2v_kernels.device import arch as arch_of
-from zeroi2v_kernels.device import on_device, packed
 from zeroi2v_kernels.dot import INTERPRET, _dot
 
 
 class Launch(NamedTuple):
-    """Tile sizes in rows, input channels and output channels; warps, stages of the loads ahead."""
+    """Tile sizes in rows and output channels; programs in all; warps, stages of the loads ahead."""
 
     block_m: int
-    block_k: int
     block_n: int
+    programs: int
     warps: int
     stages: int
 
 
-# By compute capability and the largest rank; bench/compile_kernels.py compiles every entry.
-# Each program reads both weights, so many rows spare traffic; at rank 256 they would spill.
+# By compute capability; bench/compile_kernels.py compiles every entry.
 LAUNCH = {
-    80: {192: Launch(128, 32, 32, 8, 2), 256: Launch(64, 32, 32, 8, 2)},
-    90: {192: Launch(128, 64, 32, 8, 2), 256: Launch(64, 64, 64, 8, 2)},
-    100: {192: Launch(128, 64, 64, 8, 2), 256: Launch(64, 64, 64, 8, 2)},
+    80: Launch(64, 64, 216, 4, 2),
+    90: Launch(64, 128, 264, 4, 1),
+    100: Launch(64, 64, 444, 4, 1),
 }
-DROPOUT_BLOCK = (16, 256)
-# What stands for all that is used: channels, rank, dtype; and
-# whether backward, dropout in 2^-16, dtype of the residual.
+DROPOUT_BLOCK = (64, 64)
+# What stands for all that is used: channels, rank, dtype; whether backward, dtype of the residual.
 SHAPES = [(768, 192, "bf16"), (1024, 256, "bf16"), (768, 192, "fp16"), (192, 48, "bf16")]
-KINDS = [
-    *((False, 0, None), (False, 0, "same"), (False, 6554, None), (False, 6554, "same")),
-    *((False, 6554, "fp32"), (True, 0, None), (True, 6554, None)),
-]
+KINDS = [(False, None), (False, "same"), (False, "fp32"), (True, None)]
 
 
 @triton.jit
-def _keep(seed, rows, columns, PLACE: tl.constexpr, DROPPED: tl.constexpr):
-    """0 or 1 / (1 - p) for p = DROPPED / 2^16, at rows [ROWS] and columns [COLUMNS]."""
-    row = rows[:, None] + columns[None, :] * 0
-    column = rows[:, None] * 0 + columns[None, :]
-    bits, _, _, _ = tl.philox(
-        seed, row.to(tl.uint32), column.to(tl.uint32), row.to(tl.uint32) * 0 + PLACE,
-        row.to(tl.uint32) * 0, 7,
-    )  # fmt: skip
-    return tl.where((bits >> 16) >= DROPPED, 65536 / (65536 - DROPPED), 0.0)
+def _keep(seed, rows, start, PLACE: tl.constexpr, DROPPED: tl.constexpr, COLUMNS: tl.constexpr):
+    """0 or 1 / (1 - p) for p = DROPPED / 2^16, at rows [ROWS] and COLUMNS columns from `start`."""
+    eights = start // 8 + tl.arange(0, COLUMNS // 8)
+    row = (rows[:, None] + eights[None, :] * 0).to(tl.uint32)
+    eight = (rows[:, None] * 0 + eights[None, :]).to(tl.uint32)
+    a, b, c, d = tl.philox(seed, row, eight, row * 0 + PLACE, row * 0, 7)
+    words = tl.join(tl.join(a, c), tl.join(b, d))
+    numbers = tl.join(words & 0xFFFF, words >> 16).reshape(rows.shape[0], COLUMNS)
+    return tl.where(numbers >= DROPPED, 65536 / (65536 - DROPPED), 0.0)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _dropout_kernel(
-    x_ptr, seed_ptr, out_ptr, num_rows,
+    x_ptr, seed_ptr, out_ptr, sums_ptr, num_rows,
     R: tl.constexpr, PLACE: tl.constexpr, DROPPED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    mask = (rows[:, None] < num_rows) & (columns[None, :] < R)
-    offsets = rows[:, None].to(tl.int64) * R + columns[None, :]
+    start = tl.program_id(1) * BLOCK_R
+    r = start + tl.arange(0, BLOCK_R)
+    mask = (rows[:, None] < num_rows) & (r[None, :] < R)
+    offsets = rows[:, None].to(tl.int64) * R + r[None, :]
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    out = x * _keep(tl.load(seed_ptr), rows, columns, PLACE, DROPPED)
-    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
+    x *= _keep(tl.load(seed_ptr), rows, start, PLACE, DROPPED, BLOCK_R)
+    out = x.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + offsets, out, mask=mask)
+    tl.store(sums_ptr + tl.program_id(0) * R + r, tl.sum(out.to(tl.float32), 0), mask=r < R)
 
 
 @triton.jit
-def _load_first(ptr, k, start, SIZE: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
-                BACKWARD: tl.constexpr):  # fmt: skip
-    """FIRST at channels k and the middle's columns start ... start + SIZE: [BLOCK_K, SIZE]."""
-    r = start + tl.arange(0, SIZE)
-    if BACKWARD:  # U [C, R]
-        return tl.load(
-            ptr + k[:, None] * R + r[None, :], mask=(k[:, None] < C) & (r[None, :] < R), other=0.0
-        )
-    down = tl.load(  # D [R, C]
-        ptr + r[:, None] * C + k[None, :], mask=(k[None, :] < C) & (r[:, None] < R), other=0.0
-    )
-    return tl.trans(down)
-
-
-@triton.jit
-def _load_second(ptr, start, n, SIZE: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
+def _load_weight(ptr, start, n, SIZE: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
                  BACKWARD: tl.constexpr):  # fmt: skip
-    """SECOND at the middle's columns start ... start + SIZE and channels n: [SIZE, BLOCK_N]."""
+    """WEIGHT at the middle's columns start ... start + SIZE and channels n: [SIZE, BLOCK_N]."""
     r = start + tl.arange(0, SIZE)
     if BACKWARD:  # D [R, C]
         return tl.load(
@@ -110,147 +100,133 @@ def _load_second(ptr, start, n, SIZE: tl.constexpr, C: tl.constexpr, R: tl.const
 
 
 @triton.jit
-def _finish(acc, rows, start, bias_ptr, seed_ptr, mid_ptr, num_rows, first_scale,
-            SIZE: tl.constexpr, R: tl.constexpr, BACKWARD: tl.constexpr, PLACE: tl.constexpr,
-            DROPPED: tl.constexpr, KEEP_MID: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """The middle's columns start ... start + SIZE, rounded, and stored if it is to be kept."""
+def _load_middle(ptr, start, rows, num_rows, SIZE: tl.constexpr, R: tl.constexpr):
+    """The middle at those rows and its columns start ... start + SIZE: [BLOCK_M, SIZE]."""
     r = start + tl.arange(0, SIZE)
-    acc *= first_scale
-    if not BACKWARD:
-        acc += tl.load(bias_ptr + r, mask=r < R, other=0.0).to(tl.float32)[None, :]
-    if DROPPED:
-        acc *= _keep(tl.load(seed_ptr), rows, r, PLACE, DROPPED)
-    mid = acc.to(DTYPE)
-    if KEEP_MID:
-        pointers = mid_ptr + rows[:, None].to(tl.int64) * R + r[None, :]
-        tl.store(pointers, mid, mask=(rows[:, None] < num_rows) & (r[None, :] < R))
-    return mid
+    mask = (rows[:, None] < num_rows) & (r[None, :] < R)
+    return tl.load(ptr + rows[:, None].to(tl.int64) * R + r[None, :], mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _bottleneck_kernel(
-    x_ptr, first_ptr, first_bias_ptr, second_ptr, second_bias_ptr, residual_ptr, seed_ptr,
-    out_ptr, mid_ptr, num_rows, first_scale, scale,
+def _up_kernel(
+    x_ptr, middle_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, sums_ptr, num_rows, scale,
     C: tl.constexpr, R: tl.constexpr, SIZE_A: tl.constexpr, SIZE_B: tl.constexpr,
-    BACKWARD: tl.constexpr, HAS_RESIDUAL: tl.constexpr, KEEP_MID: tl.constexpr,
-    PLACE: tl.constexpr, DROPPED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    BACKWARD: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = rows[:, None] < num_rows
-    x_ptr += rows[:, None].to(tl.int64) * C
-    out_ptr += rows[:, None].to(tl.int64) * C
-
-    acc_a = tl.zeros((BLOCK_M, SIZE_A), tl.float32)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    weight_a = _load_weight(weight_ptr, 0, n, SIZE_A, C, R, BACKWARD)
     if SIZE_B:
-        acc_b = tl.zeros((BLOCK_M, SIZE_B), tl.float32)
-    for first in tl.range(0, C, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptr + k[None, :], mask=inside & (k[None, :] < C), other=0.0)
-        acc_a += _dot(x, _load_first(first_ptr, k, 0, SIZE_A, C, R, BACKWARD))
-        if SIZE_B:
-            acc_b += _dot(x, _load_first(first_ptr, k, SIZE_A, SIZE_B, C, R, BACKWARD))
-    mid_a = _finish(
-        acc_a, rows, 0, first_bias_ptr, seed_ptr, mid_ptr, num_rows, first_scale,
-        SIZE_A, R, BACKWARD, PLACE, DROPPED, KEEP_MID, DTYPE,
-    )  # fmt: skip
-    if SIZE_B:
-        mid_b = _finish(
-            acc_b, rows, SIZE_A, first_bias_ptr, seed_ptr, mid_ptr, num_rows, first_scale,
-            SIZE_B, R, BACKWARD, PLACE, DROPPED, KEEP_MID, DTYPE,
-        )  # fmt: skip
-
-    for first in tl.range(0, C, BLOCK_N):
-        n = first + tl.arange(0, BLOCK_N)
-        mask = inside & (n[None, :] < C)
-        branch = _dot(mid_a, _load_second(second_ptr, 0, n, SIZE_A, C, R, BACKWARD))
-        if SIZE_B:
-            branch += _dot(mid_b, _load_second(second_ptr, SIZE_A, n, SIZE_B, C, R, BACKWARD))
-        if not BACKWARD:
-            branch += tl.load(second_bias_ptr + n, mask=n < C, other=0.0).to(tl.float32)[None, :]
-        out = tl.load(x_ptr + n[None, :], mask=mask, other=0.0).to(tl.float32) + scale * branch
+        weight_b = _load_weight(weight_ptr, SIZE_A, n, SIZE_B, C, R, BACKWARD)
+    if BACKWARD:
+        sums = tl.zeros((BLOCK_N,), tl.float32)
+    else:
+        bias = tl.load(bias_ptr + n, mask=n < C, other=0.0).to(tl.float32)
+    step = tl.num_programs(1) * BLOCK_M
+    for first in tl.range(tl.program_id(1) * BLOCK_M, num_rows, step):
+        rows = first + tl.arange(0, BLOCK_M)
+        mask = (rows[:, None] < num_rows) & (n[None, :] < C)
+        offsets = rows[:, None].to(tl.int64) * C + n[None, :]
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0)  # on their way during the product
         if HAS_RESIDUAL:
-            row_offsets = rows[:, None].to(tl.int64) * C
-            residual = tl.load(residual_ptr + row_offsets + n[None, :], mask=mask, other=0.0)
+            residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0)
+        branch = _dot(_load_middle(middle_ptr, 0, rows, num_rows, SIZE_A, R), weight_a)
+        if SIZE_B:
+            branch += _dot(_load_middle(middle_ptr, SIZE_A, rows, num_rows, SIZE_B, R), weight_b)
+        if not BACKWARD:
+            branch += bias[None, :]
+        out = x.to(tl.float32) + scale * branch
+        if HAS_RESIDUAL:
             out += residual.to(tl.float32)
-        tl.store(out_ptr + n[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+        if BACKWARD:
+            sums += tl.sum(x.to(tl.float32), 0)
+        tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
+    if BACKWARD:
+        tl.store(sums_ptr + tl.program_id(1) * C + n, sums, mask=n < C)
 
 
-def fused_bottleneck(
+def add_up(
     x: Tensor,
-    first: Tensor,
-    second: Tensor,
-    biases: tuple[Tensor, Tensor] | None,
+    middle: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     scale: float,
-    dropped: int,
-    seed: Tensor | None,
-    place: int,
     residual: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """An adapter forward (with `biases`) or backward (without): out `[n, C]`, middle `[n, R]`.
+) -> tuple[Tensor, Tensor | None]:
+    """The way up of an adapter, forward (with a `bias`) or backward (without).
 
     Args:
         x: `[n, C]`; backward, the gradient of the adapter's output.
-        first, second: forward D `[R, C]` and U `[C, R]`, backward U and D.
-        biases: of D and U.
-        scale: the adapter's factor.
-        dropped: probability of the dropout, in 2^-16.
-        seed: one int64; None without dropout.
-        place: which of the dropouts of this seed.
-        residual: added to the output, which takes its dtype.
+        middle: `[n, R]`.
+        weight: forward U `[C, R]`, backward D `[R, C]`.
+        bias: of U, `[C]`.
+        scale: the adapter's factor; backward 1, as the middle's gradient holds it.
+        residual: `[n, C]`, added to the output, which takes its dtype.
+
+    Returns:
+        out `[n, C]`; backward, sums of x by program, float32 `[programs, C]`, else None.
     """
-    rank = second.shape[0] if biases is None else first.shape[0]
+    (num_rows, width), launch = x.shape, LAUNCH[arch_of(x.device)]
+    columns, tiles = triton.cdiv(width, launch.block_n), triton.cdiv(num_rows, launch.block_m)
+    programs = min(tiles, max(1, launch.programs // columns))
     out = x.new_empty(x.shape, dtype=(x if residual is None else residual).dtype)
-    middle = x.new_empty(x.shape[0], rank)
-    drop = (dropped, seed, place)
-    _run_bottleneck(x, first, second, biases, scale, *drop, residual, out, middle)
-    return out, middle
+    sums = x.new_empty(programs, width, dtype=torch.float32) if bias is None else None
+    _run_up(x, middle, weight, bias, scale, residual, out, sums, programs)
+    return out, sums
 
 
-def _run_bottleneck(
-    x, first, second, biases, scale, dropped, seed, place, residual, out, middle
-) -> None:
+def _run_up(x, middle, weight, bias, scale, residual, out, sums, programs) -> None:
     _check_device(x)
-    (num_rows, width), rank, backward = x.shape, middle.shape[1], biases is None
-    constants, options = plan_bottleneck(
-        width, rank, backward, residual is not None, place, dropped, arch_of(x.device)
-    )
-    first_bias, second_bias = (None, None) if backward else biases
-    if num_rows:
+    width, rank = x.shape[1], middle.shape[1]
+    constants, options = plan_up(width, rank, bias is None, residual is not None, arch_of(x.device))
+    if programs:
         with on_device(x):
-            _bottleneck_kernel[(triton.cdiv(num_rows, constants["BLOCK_M"]),)](
+            _up_kernel[(triton.cdiv(width, constants["BLOCK_N"]), programs)](
                 x_ptr=packed(x),
-                first_ptr=packed(first),
-                first_bias_ptr=packed(first_bias),
-                second_ptr=packed(second),
-                second_bias_ptr=packed(second_bias),
+                middle_ptr=packed(middle),
+                weight_ptr=packed(weight),
+                bias_ptr=packed(bias),
                 residual_ptr=packed(residual),
-                seed_ptr=seed,
                 out_ptr=out,
-                mid_ptr=middle,
-                num_rows=num_rows,
-                first_scale=scale if backward else 1.0,
-                scale=1.0 if backward else scale,
+                sums_ptr=sums,
+                num_rows=x.shape[0],
+                scale=scale,
                 **constants,
                 **options,
             )
 
 
-def dropout(x: Tensor, dropped: int, seed: Tensor, place: int) -> Tensor:
-    """The same dropout on `x [n, R]` alone."""
+def dropout(x: Tensor, dropped: int, seed: Tensor, place: int) -> tuple[Tensor, Tensor]:
+    """The dropout of `x [n, R]`, which may be written over; and its sums by program.
+
+    Args:
+        x: `[n, R]`.
+        dropped: the probability in 2^-16.
+        seed: one int64.
+        place: which of the dropouts of this seed.
+
+    Returns:
+        `[n, R]`; and float32 `[programs, R]`.
+    """
     _check_device(x)
     key = ("dropout", x.device, x.dtype, x.shape[1], dropped, place)
     if not proof.trusted(
         key, x.device, lambda: _dropout_trial(x.dtype, x.shape[1], dropped, place)
     ):
-        return (x.float() * mask(*x.shape, dropped, seed, place)).to(x.dtype)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _run_dropout(x, dropped, seed, place, out)
-    return out
+        out = (x.float() * mask(*x.shape, dropped, seed, place)).to(x.dtype)
+        return out, out.float().sum(0, keepdim=True)
+    out = packed(x)
+    sums = _sums_of_dropout(x)
+    _run_dropout(out, dropped, seed, place, out, sums)
+    return out, sums
 
 
-def _run_dropout(x: Tensor, dropped: int, seed: Tensor, place: int, out: Tensor) -> None:
+def _sums_of_dropout(x: Tensor) -> Tensor:
+    programs = triton.cdiv(x.shape[0], DROPOUT_BLOCK[0])
+    return x.new_empty(programs, x.shape[1], dtype=torch.float32)
+
+
+def _run_dropout(x, dropped, seed, place, out, sums) -> None:
     num_rows, rank = x.shape
     if num_rows:
         grid = tuple(triton.cdiv(n, b) for n, b in zip(x.shape, DROPOUT_BLOCK, strict=True))
@@ -258,7 +234,7 @@ def _run_dropout(x: Tensor, dropped: int, seed: Tensor, place: int, out: Tensor)
             tile = dict(zip(("BLOCK_M", "BLOCK_R"), DROPOUT_BLOCK, strict=True))
             constants = dict(R=rank, PLACE=place, DROPPED=dropped) | tile
             _dropout_kernel[grid](
-                x_ptr=packed(x), seed_ptr=seed, out_ptr=out, num_rows=num_rows, **constants
+                x_ptr=x, seed_ptr=seed, out_ptr=out, sums_ptr=sums, num_rows=num_rows, **constants
             )
 
 
@@ -268,16 +244,18 @@ def mask(num_rows: int, rank: int, dropped: int, seed: Tensor, place: int) -> Te
     Source: Philox, Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011).
     """
     low = 2**32 - 1
-    rows, columns = (torch.arange(n, device=seed.device) for n in (num_rows, rank))
-    shape = (num_rows, rank)
-    a, b = rows[:, None].expand(shape), columns.expand(shape)
+    shape = (num_rows, triton.cdiv(rank, 8))
+    rows, eights = (torch.arange(n, device=seed.device) for n in shape)
+    a, b = rows[:, None].expand(shape), eights.expand(shape)
     c, d = torch.full_like(a, place), torch.zeros_like(a)
     key, other_key = seed & low, (seed >> 32) & low
     for _ in range(7):
         (high_a, low_a), (high_c, low_c) = _product(a, 0xD2511F53), _product(c, 0xCD9E8D57)
         a, b, c, d = high_c ^ b ^ key, low_c, high_a ^ d ^ other_key, low_a
         key, other_key = (key + 0x9E3779B9) & low, (other_key + 0xBB67AE85) & low
-    return ((a >> 16) >= dropped) * (65536 / (65536 - dropped))
+    words = torch.stack((a, b, c, d), -1)
+    numbers = torch.stack((words & 0xFFFF, words >> 16), -1).flatten(1)[:, :rank]
+    return (numbers >= dropped) * (65536 / (65536 - dropped))
 
 
 def _product(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
@@ -287,52 +265,42 @@ def _product(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
     return middle >> 16, ((middle & 0xFFFF) << 16) | (by_low & 0xFFFF)
 
 
-def takes(
-    x: Tensor,
-    rank: int,
-    backward: bool,
-    dropped: int,
-    place: int,
-    residual: Tensor | None = None,
-) -> bool:
-    """Whether the fused kernel takes rows like those of x, of a bottleneck of that rank.
+def takes(x: Tensor, rank: int, backward: bool, residual: Tensor | None = None) -> bool:
+    """Whether `add_up` takes rows like those of x, of a bottleneck of that rank.
 
-    It wins by what it does not write; float32 and wide bottlenecks would not stay in registers.
+    In float32 or with a wider bottleneck a program's weights would take too much memory.
     """
-    if x.dtype not in (torch.bfloat16, torch.float16) or rank > 256 or rank % 16:
+    if x.dtype not in HALF or rank > 256 or rank % 16:
         return False
-    shape = (x.dtype, x.shape[1], rank, backward, dropped, place)
-    shape += (None if residual is None else residual.dtype,)
-    key = ("bottleneck", x.device, *shape)
-    return proof.trusted(key, x.device, lambda: _bottleneck_trial(x.device, *shape))
+    shape = (x.dtype, x.shape[1], rank, backward, None if residual is None else residual.dtype)
+    return proof.trusted(("up", x.device, *shape), x.device, lambda: _up_trial(x.device, *shape))
 
 
-def _bottleneck_trial(device, dtype, width, rank, backward, dropped, place, residual_dtype):
-    """The configuration of `_bottleneck_kernel`."""
-    has_residual = residual_dtype is not None
-    plan = plan_bottleneck(width, rank, backward, has_residual, place, dropped, arch_of(device))
+def _up_trial(device, dtype, width, rank, backward, residual_dtype) -> proof.Configuration:
+    """The configuration of `_up_kernel`."""
+    plan = plan_up(width, rank, backward, residual_dtype is not None, arch_of(device))
     name = f"adapter {'backward' if backward else 'forward'} C={width} R={rank} {dtype}"
-    name += f" dropout {dropped} place {place}" * bool(dropped)
-    name += f" residual {residual_dtype}" * has_residual
+    name += f" residual {residual_dtype}" * (residual_dtype is not None)
 
     def trial(generator: torch.Generator) -> proof.Trial:
-        rows = plan[0]["BLOCK_M"] + 9
+        rows = 2 * plan[0]["BLOCK_M"] + 9  # three tiles for two programs
         x = proof.draw(generator, (rows, width), dtype)
-        down = proof.draw(generator, (rank, width), dtype) * width**-0.5
-        up = proof.draw(generator, (width, rank), dtype) * rank**-0.5
-        biases = tuple(proof.draw(generator, (n,), dtype) for n in (rank, width))
+        middle = proof.draw(generator, (rows, rank), dtype)
+        shape = (rank, width) if backward else (width, rank)
+        weight = proof.draw(generator, shape, dtype) * rank**-0.5
+        bias = None if backward else proof.draw(generator, (width,), dtype)
         residual = residual_dtype and proof.draw(generator, (rows, width), residual_dtype)
-        seed = torch.tensor(0x123456789ABCDEF, device=x.device) if dropped else None
-        weights = (up, down, None) if backward else (down, up, biases)
-        kept = mask(rows, rank, dropped, seed, place) if dropped else None
-        out = x.new_empty(x.shape, dtype=residual_dtype or dtype)
-        return proof.Trial(
-            [out, x.new_empty(rows, rank)],
-            lambda *outputs: _run_bottleneck(
-                x, *weights, 0.5, dropped, seed, place, residual, *outputs
-            ),
-            list(bounds.bottleneck(x, *weights, 0.5, kept, residual)),
-        )
+        inputs = (x, middle, weight, bias, 0.5, residual)
+
+        def run(out, *sums):
+            parts = torch.full((2, width), float("nan"), device=device) if backward else None
+            _run_up(*inputs, out, parts, 2)
+            for whole in sums:
+                whole.copy_(parts.sum(0))
+
+        outputs = [x.new_empty(x.shape, dtype=residual_dtype or dtype)]
+        outputs += [x.new_empty(width, dtype=torch.float32)] * backward
+        return proof.Trial(outputs, run, bounds.add_up(*inputs))
 
     settings = (tuple(plan[0].items()), tuple(plan[1].items()))
     return proof.Configuration(name.replace("torch.", ""), settings, trial)
@@ -342,13 +310,18 @@ def _dropout_trial(dtype, rank, dropped, place) -> proof.Configuration:
     """The configuration of `_dropout_kernel`."""
 
     def trial(generator: torch.Generator) -> proof.Trial:
-        x = proof.draw(generator, (37, rank), dtype)
+        rows = DROPOUT_BLOCK[0] + 9
+        x = proof.draw(generator, (rows, rank), dtype)
         seed = torch.tensor(0x123456789ABCDEF, device=x.device)
-        return proof.Trial(
-            [torch.empty_like(x)],
-            lambda out: _run_dropout(x, dropped, seed, place, out),
-            [bounds.scaled(x, mask(37, rank, dropped, seed, place).double())],
-        )
+
+        def run(out, sums):
+            parts = torch.full_like(_sums_of_dropout(x), float("nan"))
+            _run_dropout(x, dropped, seed, place, out, parts)
+            sums.copy_(parts.sum(0))
+
+        kept = mask(rows, rank, dropped, seed, place).double()
+        outputs = [torch.empty_like(x), x.new_empty(rank, dtype=torch.float32)]
+        return proof.Trial(outputs, run, bounds.dropout(x, kept))
 
     name = f"adapter dropout R={rank} {dtype} dropout {dropped} place {place}"
     return proof.Configuration(name.replace("torch.", ""), DROPOUT_BLOCK, trial)
@@ -358,22 +331,21 @@ def shipped(device: torch.device) -> Iterator[proof.Configuration]:
     """What `shipped.prove_shipped` proves of adapters."""
     for width, rank, element in SHAPES:
         dtype = torch.bfloat16 if element == "bf16" else torch.float16
-        for backward, dropped, residual in KINDS:
+        for backward, residual in KINDS:
             stream = {None: None, "same": dtype, "fp32": torch.float32}[residual]
-            yield _bottleneck_trial(device, dtype, width, rank, backward, dropped, 0, stream)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            yield _up_trial(device, dtype, width, rank, backward, stream)
+    for dtype in TRITON_DTYPES:
         yield _dropout_trial(dtype, 192, 6554, 0)
 
 
-def plan_bottleneck(width, rank, backward, has_residual, place, dropped, arch):
-    """Constants and options of `_bottleneck_kernel`."""
-    launch = LAUNCH[arch][192 if rank <= 192 else 256]
+def plan_up(width, rank, backward, has_residual, arch) -> tuple[dict, dict]:
+    """Constants and options of `_up_kernel`."""
+    launch = LAUNCH[arch]
     size_a = max(16, 1 << (rank.bit_length() - 1))
     size_b = max(16, triton.next_power_of_2(rank - size_a)) if rank > size_a else 0
     constants = dict(
         C=width, R=rank, SIZE_A=size_a, SIZE_B=size_b, BACKWARD=backward,
-        HAS_RESIDUAL=has_residual, KEEP_MID=True, PLACE=place, DROPPED=dropped,
-        BLOCK_M=launch.block_m, BLOCK_K=launch.block_k, BLOCK_N=launch.block_n,
+        HAS_RESIDUAL=has_residual, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n,
     )  # fmt: skip
     return constants, dict(num_warps=launch.warps, num_stages=launch.stages)
 

@@ -84,45 +84,39 @@ def attention(
     )
 
 
-def bottleneck(
+def add_up(
     x: Tensor,
-    first: Tensor,
-    second: Tensor,
-    biases: tuple[Tensor, Tensor] | None,
+    middle: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     scale: float,
-    mask: Tensor | None,
     residual: Tensor | None,
-) -> tuple[Bounded, Bounded]:
-    """Of out and middle; arguments as in `adapter_linear_triton.fused_bottleneck`, and the mask."""
-    dtype, out_dtype = x.dtype, (x if residual is None else residual).dtype
-    wide = x.double()
-    # forward D [R, C] and U [C, R], backward U [C, R] and D [R, C]
-    down, up = (first.double().t(), second.double().t()) if biases else (first, second)
-    down, up = down.double(), up.double()  # [C, R] and [R, C]
-    mid, mid_sum = wide @ down, wide.abs() @ down.abs()
-    if biases:
-        mid, mid_sum = mid + biases[0].double(), mid_sum + biases[0].double().abs()
-    else:
-        mid, mid_sum = scale * mid, scale * mid_sum
-    if mask is not None:
-        mid, mid_sum = mid * mask, mid_sum * mask
-    mid_error = _U32 * (x.shape[1] + 4) * mid_sum
-    factor = scale if biases else 1.0
+) -> list[Bounded]:
+    """Of out and, without a bias, the sums of x; arguments as in `adapter_linear_triton.add_up`."""
+    wide, mid, up = x.double(), middle.double(), weight.double()
+    up = up if bias is None else up.t()  # backward D [R, C], forward U [C, R]
     branch, branch_sum = mid @ up, mid.abs() @ up.abs()
-    if biases:
-        branch, branch_sum = branch + biases[1].double(), branch_sum + biases[1].double().abs()
-    out, out_sum = wide + factor * branch, wide.abs() + factor * branch_sum
+    if bias is not None:
+        branch, branch_sum = branch + bias.double(), branch_sum + bias.double().abs()
+    out, out_sum = wide + scale * branch, wide.abs() + scale * branch_sum
     if residual is not None:
         out, out_sum = out + residual.double(), out_sum + residual.double().abs()
-    error = factor * (mid_error + _rounded(mid, dtype)) @ up.abs()
-    error += _U32 * (mid.shape[1] + 4) * out_sum
-    return _stored(out, error, out_dtype), _stored(mid, mid_error, dtype)
+    error = _U32 * (mid.shape[1] + 4) * out_sum
+    bounded = [_stored(out, error, (x if residual is None else residual).dtype)]
+    return bounded if bias is not None else [*bounded, _summed(wide, torch.zeros_like(wide))]
 
 
-def scaled(x: Tensor, factor: Tensor) -> Bounded:
-    """Of `x * factor`, in the dtype of x."""
-    out = x.double() * factor
-    return _stored(out, 2 * _U32 * out.abs(), x.dtype)
+def dropout(x: Tensor, mask: Tensor) -> list[Bounded]:
+    """Of `x * mask` in the dtype of x, and of the sums of its rows."""
+    out = x.double() * mask
+    error = 2 * _U32 * out.abs()
+    return [_stored(out, error, x.dtype), _summed(out, error + _rounded(out, x.dtype))]
+
+
+def _summed(x: Tensor, error: Tensor) -> Bounded:
+    """Of the sum of the rows `x [n, C]`, in float32."""
+    error = error + _U32 * x.shape[0] * x.abs()
+    return _stored(x.sum(0), error.sum(0), torch.float32)
 
 
 def activation(

@@ -225,9 +225,9 @@ class BlockArithmetic:
         d = made.get(f"bottleneck_{place}")
         if d is None:
             d = bottleneck(source, adapter, dropout)
-        out, d_grad = adapt_grad(grad, adapter, dropout)
+        out, d_grad, sums = adapt_grad(grad, adapter, dropout)
         grads[4 * place : 4 * place + 4] = parameter_grads(
-            grad, source, d, d_grad, adapter.scale, linear
+            grad, source, d, d_grad, sums, adapter.scale, linear
         )
         return out
 

@@ -89,7 +89,7 @@ _DATA, _TRAIN = ("nvidia.dali", "av"), ("nvidia.dali", "av", "deepspeed")
 STEPS = (
     Step("doctor", ("-m", "zeroi2v.doctor", "--json"), 90, dry=True),
     Step("kernels", _pytest(*_KERNELS), 150),
-    Step("model", _on_gpu("test_model"), 60, ("av",), dry=True),
+    Step("model", _on_gpu("test_model"), 90, ("av",), dry=True),
     Step("training block", _pytest("tests/test_training_block.py"), 90, _TRAIN),
     Step("data", _on_gpu("test_data"), 60, _DATA, dry=True),
     Step("training", _on_gpu("test_train_in"), 120, _TRAIN),
@@ -97,6 +97,7 @@ STEPS = (
     Step("artefacts", _on_gpu("test_artefacts"), 90, (*_DATA, "onnxruntime", "onnxscript")),
     Step("flash", _on_gpu("test_flash"), 60, ("flash_attn",)),
     Step("benches", _pytest("bench", "-k", "not data and not predict and not reparam"), 120),
+    Step("latency", _figures("-k", "bench_latency"), 60, figures=True),
     Step("zero cost L/14", _figures("-k", "bench_zero_cost[L/14-32-bfloat16]"), 90, figures=True),
     Step("zero cost B/16", _figures("-k", "bench_zero_cost[B/16-8-bfloat16]"), 60, figures=True),
     Step("training step", _figures("-k", "training_block"), 120, figures=True),

@@ -107,6 +107,7 @@ STEPS = (
     Step("artefacts", _on_gpu("test_artefacts"), 90, (*_DATA, "onnxruntime", "onnxscript")),
     Step("flash", _on_gpu("test_flash"), 60, ("flash_attn",)),
     Step("benches", _shared("bench", "-k", "not data and not predict and not reparam"), 120),
+    Step("latency", _figures("-k", "bench_latency"), 60, figures=True),
     Step("zero cost L/14", _figures("-k", "bench_zero_cost[L/14-32-bfloat16]"), 90, figures=True),
     Step("zero cost B/16", _figures("-k", "bench_zero_cost[B/16-8-bfloat16]"), 60, figures=True),
     Step("training step", _figures("-k", "training_block"), 120, figures=True),

@@ -152,6 +152,13 @@ class Section(NamedTuple):
 
 SECTIONS = (
     Section(
+        "From the call to the answer", "bench_latency", "model, frames",
+        "One clip on a GPU in bfloat16, called op by op as Python does it, until the logits are in"
+        " the host's memory: the merged model, the same after `accelerate()`, and in a CUDA graph"
+        " around all.",
+        ("seconds", "ratio", "against", "error"),
+    ),
+    Section(
         "Beside other methods", "bench_rivals", "model, frames, precision",
         "The same backbone with the blocks of other methods, written from their papers"
         " (`bench/baselines/`), in bfloat16. Times are measured here; accuracies and GMACs (10⁹"

@@ -22,7 +22,7 @@ from training import assert_same_run, command, environment, finish, make_data
 from training import weights as weights_of
 from videos import numbered_frame, write_numbered, write_video
 
-from zeroi2v import cli, evaluate, export, merge, predict, reparam
+from zeroi2v import cli, evaluate, export, inference, merge, predict, reparam
 from zeroi2v.config import ModelConfig
 from zeroi2v.data.annotations import Sample
 from zeroi2v.data.augment import KINDS, AugmentConfig
@@ -81,6 +81,112 @@ def test_model_eager_graph_compiled_and_merged_agree(dtype):
     errors = {name: apart(output, eager) for name, output in ways.items()}
     print({name: f"{error:.1e}" for name, error in errors.items()})
     assert all(error < limit for error in errors.values()), errors
+
+
+def graphs_of(model) -> int:
+    """How many graphs an accelerated model holds."""
+    return len([graph for graph in model.graphs._graphs.values() if graph is not None])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_model_accelerated_gives_the_same_bits(dtype, caplog):
+    changes = dict(num_frames=4, width=12 * 64, depth=2, image_size=64)
+    config = ModelConfig.from_dict(small_config("vit_b16_k400_8x16").to_dict() | changes)
+    adapted = build(config)
+    plain, other = (merge(build(config, seed)).to(DEVICE, dtype) for seed in (0, 1))
+    model = merge(adapted).to(DEVICE, dtype).accelerate(1)
+    videos = {n: torch.randn(n, 3, 4, 64, 64, device=DEVICE).to(dtype) for n in (1, 5)}
+
+    def assert_same(count: int) -> None:
+        kept = []
+        for _ in range(3):
+            for video in videos.values():
+                kept.append((model(video), plain(video)))
+        assert all(torch.equal(one, expected) for one, expected in kept)
+        assert graphs_of(model) == (count if HAS_GPU else 0), caplog.text
+
+    assert_same(2)
+    for one in (model, plain):  # in place: the same graphs
+        one.load_state_dict(other.state_dict())
+    assert_same(2)
+    graphs = list(model.graphs._graphs.values())
+    for one in (model, plain):
+        one.head.weight = torch.nn.Parameter(torch.ones_like(one.head.weight))
+    assert_same(2)
+    for one in (model, plain):
+        set_backend(one, "sdpa")
+    assert_same(2)
+    for one in (model, plain):
+        one.to(torch.float32 if dtype == torch.bfloat16 else torch.bfloat16)
+    assert_same(2)
+    assert not HAS_GPU or not {id(graph) for graph in graphs} & {
+        id(graph) for graph in model.graphs._graphs.values()
+    }
+    with torch.inference_mode():
+        assert_same(2)
+    with torch.autocast(DEVICE, torch.bfloat16), torch.no_grad():
+        assert_same(2)
+    if HAS_GPU:
+        stream = torch.cuda.Stream()
+        expected = plain(videos[5])
+        torch.cuda.synchronize()
+        for i in range(20):  # graphs of one memory, on two streams
+            with torch.cuda.stream(stream if i % 2 else torch.cuda.default_stream()):
+                model(videos[1])
+                results = model(videos[5])
+        torch.cuda.synchronize()
+        assert torch.equal(results, expected)
+        before = torch.cuda.memory_allocated()
+        del model, one, graphs
+        assert torch.cuda.memory_allocated() < before, "a deleted model keeps its memory"
+    left_out("CUDA graphs of an accelerated model")
+
+
+class Asking(torch.nn.Module):
+    """Waits for a number, which no capture allows."""
+
+    def forward(self, x):
+        return x * (2 if x.sum().item() > 0 else 3)
+
+
+@torch.no_grad()
+def test_model_that_cannot_be_captured_runs_op_by_op(caplog):
+    plain = merge(build(small_config(num_frames=4))).to(DEVICE)
+    model = merge(build(small_config(num_frames=4))).to(DEVICE)
+    head, video = model.head, torch.randn(2, 3, 4, 32, 32, device=DEVICE)
+    expected = Asking()(plain(video))
+    model.head = torch.nn.Sequential(head, Asking()).eval()
+    model.accelerate(2)
+    for _ in range(3):
+        assert torch.equal(model(video), expected)
+    model.head = head
+    model.accelerate(2)
+    assert torch.equal(model(video), plain(video))
+    if HAS_GPU:
+        (said,) = [record.getMessage() for record in caplog.records]
+        print(said)
+        assert "op by op" in said and "captur" in said.split("CUDA graph: ")[1]
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+        assert graphs_of(model) == 1
+    left_out("a failed capture")
+
+
+def test_model_predicts_files_alike_with_and_without_graphs(tmp_path, monkeypatch, caplog):
+    model = merge(build(small_config(num_frames=4))).to(DEVICE)
+    samples = [Sample(write_numbered(tmp_path / f"{i}.mp4", 9 + i), 0) for i in range(7)]
+    rows = {}
+    for worth in (99, 2):
+        monkeypatch.setattr(inference, "RECURS", worth)
+        results = inference.predict_each(model, samples, batch_size=2)
+        rows[worth] = [next(results)]
+        assert (model.graphs is None) == (worth == 99)
+        if worth == 2 and HAS_GPU:
+            assert graphs_of(model) == 1
+        rows[worth] += results
+    assert rows[2] == rows[99] and len(rows[2]) == 7
+    assert model.graphs is None and not caplog.records
+    left_out("CUDA graphs of predict")
 
 
 def video_config() -> ModelConfig:

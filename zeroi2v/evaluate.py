@@ -26,7 +26,14 @@ from zeroi2v.data.video_files import left_out
 from zeroi2v.data.views import ViewLoader
 from zeroi2v.drawing.figures import draw_confusion
 from zeroi2v.files import check_writable, write_whole
-from zeroi2v.inference import default_device, default_workers, metrics, predict_views, takes_frames
+from zeroi2v.inference import (
+    as_graph,
+    default_device,
+    default_workers,
+    metrics,
+    predict_views,
+    takes_frames,
+)
 from zeroi2v.model.vit import VideoViT
 from zeroi2v.storage.checkpoint import fetch, model_folder
 from zeroi2v.storage.runtimes import load_deployed
@@ -81,7 +88,8 @@ def main(argv: list[str]) -> None:
     )
 
     started = time.perf_counter()
-    with tqdm(total=len(samples), desc="evaluate", unit="video", disable=None) as bar:
+    bar = tqdm(total=len(samples), desc="evaluate", unit="video", disable=None)
+    with bar, as_graph(model, loader):
         dtype = None if native else torch.float32  # what deployed models take
         index, probs = predict_views(model, loader, device, dtype, bar.update)
     seconds = time.perf_counter() - started

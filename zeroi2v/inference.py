@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +15,9 @@ from zeroi2v.cli import usable_cores
 from zeroi2v.data.annotations import Sample
 from zeroi2v.data.views import ViewLoader
 from zeroi2v.model.vit import VideoViT
+
+RECURS = 4
+"""Batches of one shape that are worth a CUDA graph, whose capture takes about as long as three."""
 
 
 def predict(
@@ -74,19 +79,38 @@ def predict_each(
     )
     dtype = None if isinstance(model, VideoViT) else torch.float32  # what deployed models take
     done = 0
-    for batch in loader.epoch():
-        one = SimpleNamespace(epoch=lambda batch=batch: [batch])
-        index, probs = predict_views(model, one, device, dtype)
-        if not torch.isfinite(probs).all():
-            raise ValueError("model's output must be finite: got inf or nan")
-        rows = dict(zip(index.tolist(), probs, strict=True))
-        for i in range(done, min(done + len(batch.index), len(samples))):
-            path = samples[i].path
-            if i in rows:
-                yield {"path": path, "topk": _top(rows[i], topk, config.labels)}
-            else:
-                yield {"path": path, "error": loader.bad_files[samples[i].name]}
-        done += len(batch.index)
+    with as_graph(model, loader):
+        for batch in loader.epoch():
+            one = SimpleNamespace(epoch=lambda batch=batch: [batch])
+            index, probs = predict_views(model, one, device, dtype)
+            if not torch.isfinite(probs).all():
+                raise ValueError("model's output must be finite: got inf or nan")
+            rows = dict(zip(index.tolist(), probs, strict=True))
+            for i in range(done, min(done + len(batch.index), len(samples))):
+                path = samples[i].path
+                if i in rows:
+                    yield {"path": path, "topk": _top(rows[i], topk, config.labels)}
+                else:
+                    yield {"path": path, "error": loader.bad_files[samples[i].name]}
+            done += len(batch.index)
+
+
+@contextmanager
+def as_graph(model: nn.Module, loader: ViewLoader) -> Iterator[None]:
+    """Inside, a `VideoViT` on a GPU runs as a CUDA graph if `loader` has batches enough for it.
+
+    It is captured here, before anything is decoded, and serves all batches: the loader fills up the
+    last one. A model that was accelerated before keeps its graphs, another has none afterwards.
+    """
+    if not isinstance(model, VideoViT) or loader.steps < RECURS:
+        yield
+        return
+    kept = model.graphs
+    model.accelerate(loader.batch_size * math.prod(loader.views))
+    try:
+        yield
+    finally:
+        model.graphs = kept
 
 
 @torch.no_grad()
@@ -101,7 +125,8 @@ def predict_views(
 
     Args:
         model: maps video [B, 3, T, H, W] to logits [B, K]; put in eval mode for the call. One that
-            takes frames (`takes_frames`) maps those of whole clips to probabilities.
+            takes frames (`takes_frames`) maps those of whole clips to probabilities. Whether a
+            `VideoViT` runs as a CUDA graph is its owner's choice (`as_graph`).
         loader: a `ViewLoader`; one epoch of it is read.
         device: where the model is; clips are moved there.
         dtype: of the clips given to the model; None takes that of the model's parameters.

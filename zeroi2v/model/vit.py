@@ -22,6 +22,7 @@ from zeroi2v_kernels import choice
 from zeroi2v.config import ModelConfig
 from zeroi2v.model.adapter import LinearAdapter
 from zeroi2v.model.attention import STDHA
+from zeroi2v.model.graphs import Graphs, can_replay
 from zeroi2v.model.linear import ScaledLinear
 from zeroi2v.model.training_block import Memory, can_train, training_block
 
@@ -40,6 +41,7 @@ class VideoViT(nn.Module, ModelHubMixin):
         self.config = config
         self.origins: dict[str, str] = {}
         """JSON texts by file name (`model_card.ORIGINS`) that are saved with it."""
+        self.graphs: Graphs | None = None  # chosen by `accelerate`
         width = config.width
         self.conv1 = PatchEmbedding(width, config.patch_size)
         self.class_embedding = nn.Parameter(torch.empty(width))
@@ -54,6 +56,11 @@ class VideoViT(nn.Module, ModelHubMixin):
 
     def forward(self, video: Tensor) -> Tensor:
         """Normalised `video [B, 3, T, H, W]` -> logits `[B, num_classes]`."""
+        if self.graphs is None:
+            return self._logits(video)
+        return self.graphs(self, self._logits, video)
+
+    def _logits(self, video: Tensor) -> Tensor:
         return self.head(self.dropout(self.features(video).mean(dim=1)))
 
     def features(self, video: Tensor) -> Tensor:
@@ -108,6 +115,29 @@ class VideoViT(nn.Module, ModelHubMixin):
             raise ValueError(f"memory must be one of {', '.join(get_args(Memory))}: got {memory!r}")
         for block in self.transformer.resblocks:
             block.memory = memory
+        return self
+
+    def accelerate(self, *batches: int) -> VideoViT:
+        """Has inference on a GPU launched as CUDA graphs: few clips then don't wait for the host.
+
+        Results are the same, in memory of the caller's own. A number of clips that comes for the
+        second time is captured, which takes about as long as three passes; those in `batches` are
+        captured now, if the model is on a GPU and in eval mode. The graphs of the last few numbers
+        are kept, with the memory of one pass, and captured anew after weights were moved, recast or
+        replaced or the model was changed. Weights may be changed in place.
+
+        It runs op by op, as without, on a CPU; in training mode; where gradients are wanted (use
+        `torch.no_grad()`, or a model without `requires_grad`); under autocast; with hooks; while it
+        is traced, compiled or captured; and after a capture has failed, which is logged. While
+        it captures, no other thread may synchronise the GPU.
+        """
+        self.graphs = self.graphs or Graphs()
+        size, frames = self.config.image_size, self.config.num_frames
+        for clips in batches:
+            video = self.conv1.weight.new_zeros(clips, 3, frames, size, size)
+            with torch.no_grad():
+                if can_replay(self, video):
+                    self.graphs(self, self._logits, video, recurs=True)
         return self
 
     @classmethod

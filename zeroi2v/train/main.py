@@ -364,7 +364,11 @@ def share(loss: float, signals: StopSignals, loader: ClipLoader) -> tuple[float,
 def predict(
     model: nn.Module, job: Job, dtype: torch.dtype, signals: StopSignals
 ) -> tuple[Tensor, Tensor] | None:
-    """`predict_views` of this process's part of the validation list; None if a signal came."""
+    """`predict_views` of this process's part of the validation list; None if a signal came.
+
+    Op by op: threads of DALI's that wait for training's next batches may synchronise the GPU, which
+    would end the capture of a CUDA graph.
+    """
 
     def progress(count: int) -> None:
         bar.update(count * dist.get_world_size())

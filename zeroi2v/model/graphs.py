@@ -30,7 +30,7 @@ KEPT = 4
 
 log = logging.getLogger(__name__)
 # A process captures one at a time, and graphs that share memory take turns.
-_LOCK = threading.Lock()
+_LOCK = threading.RLock()
 _PLAIN = {Tensor, nn.Parameter}
 Compute = Callable[[Tensor], Tensor]
 

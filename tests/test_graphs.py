@@ -66,16 +66,20 @@ def test_a_number_of_clips_that_is_announced_is_captured_at_once(model, made):
         for count in (1, 3):
             assert torch.equal(model(clips(count)), plain(model, clips(count)))
     assert len(made) == 2
-    build(model.config).train().accelerate(1)
-    assert len(made) == 2
+
+
+def test_in_training_mode_nothing_is_run_ahead(model, made, monkeypatch):
+    monkeypatch.setattr(model, "_logits", lambda video: pytest.fail("run"))
+    model.train().accelerate(1)
 
 
 def test_inference_mode_may_come_and_go(model, made):
-    model.accelerate()
+    with torch.inference_mode():
+        model.accelerate(2)
     for mode in (torch.inference_mode, torch.no_grad) * 3:
         with mode():
             assert torch.equal(model(clips()), plain(model, clips()))
-    assert len(made) == 1 and made[0].replays == 5
+    assert len(made) == 1 and made[0].replays == 7
 
 
 @torch.no_grad()
@@ -115,6 +119,36 @@ def add_a_module(model):
     model.ln_post = nn.Sequential(model.ln_post, nn.Tanh()).eval()
 
 
+class Halved(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+def replace_a_class(model):
+    """A module of the same parameters, the very same ones, and attributes."""
+    norm = copy.copy(model.ln_post)
+    norm.__class__ = Halved
+    model.ln_post = norm
+
+
+def transpose(model):
+    """The same memory, read in another order."""
+    weight = model.transformer.resblocks[0].attn.out_proj.weight
+    weight.data = weight.data.t()
+
+
+def narrow(model):
+    """The same memory, less of it."""
+    model.head.weight.data, model.head.bias.data = model.head.weight[:5], model.head.bias[:5]
+
+
+def reinterpret(model):
+    """The same memory, as numbers of another kind."""
+    cls = model.class_embedding
+    cls.fill_(1)
+    cls.data = cls.data.view(torch.bfloat16)[: len(cls)]
+
+
 def look_elsewhere(model):
     for block in model.transformer.resblocks:
         block.attn.head_offsets = block.attn.head_offsets[::-1]
@@ -128,6 +162,10 @@ CHANGES = {
     "layout": lambda model: model.to(memory_format=torch.channels_last),
     "module": replace_a_module,
     "more modules": add_a_module,
+    "class": replace_a_class,
+    "transposed": transpose,
+    "narrowed": narrow,
+    "reinterpreted": reinterpret,
     "offsets": look_elsewhere,
     "backend": lambda model: set_backend(model, "reference"),
     "frozen": lambda model: model.freeze(),
@@ -158,6 +196,15 @@ def test_weights_that_change_in_place_are_seen_by_the_graph(model, made):
     model.train().eval()
     model(clips())
     assert len(made) == 1
+
+
+@torch.no_grad()
+def test_weights_that_are_replaced_before_every_pass_are_not_worth_a_graph(model, made):
+    model.accelerate()
+    for _ in range(4):
+        replace_a_parameter(model)
+        assert torch.equal(model(clips()), plain(model, clips()))
+    assert not made
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from itertools import chain
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -29,9 +29,9 @@ KEPT = 4
 """Graphs of a model, of as many shapes; the one not used for longest goes."""
 
 log = logging.getLogger(__name__)
-_LOCK = (
-    threading.Lock()
-)  # a process captures one at a time, and graphs that share memory take turns
+# A process captures one at a time, and graphs that share memory take turns.
+_LOCK = threading.RLock()
+_PLAIN = {Tensor, nn.Parameter}
 Compute = Callable[[Tensor], Tensor]
 
 
@@ -178,20 +178,22 @@ def state_of(model: nn.Module) -> list[Any] | None:
     That is where the weights lie and in which layout, the modules with their attributes (an
     attention's backend), and how exact float32 is. Other global settings of PyTorch are not in it.
     None if the pass can't be in a graph: a part is in training mode, has hooks, or weights that are
-    no plain tensors.
+    no plain tensors. It is compared before each replay, so it must be quick.
     """
-    state = [torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision]
     modules = [model]
     for module in modules:
-        modules += module._modules.values()
-        if module.training or module._forward_hooks or module._forward_pre_hooks:
-            return None
-        for weight in chain(module._parameters.values(), module._buffers.values()):
-            if weight is not None:
-                if type(weight) not in (nn.Parameter, Tensor):
-                    return None
-                state += (weight.data_ptr(), weight.dtype, weight.shape, weight.stride())
-    for module in modules[1:]:  # the model itself holds what holds this
-        state.append(module)
-        state += vars(module).values()
+        modules += [part for part in module._modules.values() if part is not None]
+    parts = [vars(module) for module in modules]
+    if any(p["training"] or p["_forward_hooks"] or p["_forward_pre_hooks"] for p in parts):
+        return None
+    tensors = [x for p in parts for k in ("_parameters", "_buffers") for x in p[k].values()]
+    weights = [weight for weight in tensors if weight is not None]
+    if not _PLAIN.issuperset(map(type, weights)):
+        return None
+    state = [torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision]
+    for fact in (Tensor.data_ptr, Tensor.stride, attrgetter("shape"), attrgetter("dtype")):
+        state += map(fact, weights)
+    state += modules[1:]  # the model itself holds what holds this
+    for part in parts[1:]:
+        state += part.values()
     return state

@@ -159,6 +159,14 @@ SECTIONS = (
         ("seconds", "ratio", "against", "error"),
     ),
     Section(
+        "The host's part of a pass", "bench_host", "",
+        "What Python, Triton and PyTorch take to launch five passes op by op, measured without a"
+        " GPU: Triton's driver launches nothing, and the model is so small that PyTorch computes in"
+        " no time. Last, the same with every kernel called as an operator of PyTorch, as is done"
+        " where gradients are wanted.",
+        ("seconds", "ratio"),
+    ),
+    Section(
         "Beside other methods", "bench_rivals", "model, frames, precision",
         "The same backbone with the blocks of other methods, written from their papers"
         " (`bench/baselines/`), in bfloat16. Times are measured here; accuracies and GMACs (10⁹"

@@ -41,8 +41,8 @@ class Launch(NamedTuple):
 # bench/compile_kernels.py compiles them: no spills, tensor cores, within shared memory, no
 # register read unwritten. Run on a device: those of 9.0 on an H200 (driver 580, Triton 3.6.0) for
 # heads of 64 in half precision, against float64 and twice the same bits, resident for 5 to 272
-# tokens, streamed, query and key_value for 577, fused for 65 to 257, with 64 keys for 50; float32
-# and other widths in the test suite there. Those of 8.0 and 10.0 have been compiled only.
+# tokens, streamed, query and key_value for 577, fused for 5 to 257; float32 and other widths in the
+# test suite there. Those of 8.0 and 10.0 have been compiled only.
 LAUNCH = {
     80: {
         "resident": Launch(64, 0, 4, 1),

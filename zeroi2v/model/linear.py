@@ -24,6 +24,8 @@ MANY, ROWS = 8192, 512
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x W^T + b` for `x [..., in]`, `weight [out, in]` and `bias [out]` -> `[..., out]`."""
+    if not x.is_cpu:
+        return F.linear(x, weight, bias)
     if on_onednn(x):
         return _in_parts(lambda rows: ONEDNN_LINEAR(rows, weight, bias, "none", [], ""), x)
     return _in_parts(lambda rows: F.linear(rows, weight, bias), x)
@@ -33,7 +35,7 @@ def _in_parts(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`product(x)` for `x [..., in]`, of a part of the rows at a time if they are many."""
     # A program that is traced must not depend on the number of rows: it is asked last.
     traced = torch.compiler.is_compiling() or torch.is_grad_enabled()
-    if traced or x.device.type != "cpu" or (num_rows := x.shape[:-1].numel()) <= MANY:
+    if traced or not x.is_cpu or (num_rows := x.shape[:-1].numel()) <= MANY:
         return product(x)
     out = None
     for i, rows in enumerate(x.reshape(num_rows, -1).split(ROWS)):

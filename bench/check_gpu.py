@@ -126,7 +126,7 @@ SANITIZER = tuple(
         ("stdha_kernels", "compute_the_definition and (5-64 or 17-64 or 50-64)"),
         ("norm", "two_runs"),
         ("activation", "strided"),
-        ("adapter_linear", "kernels_are_as_exact"),
+        ("adapter_linear", "way_up"),
     )
 )
 

@@ -24,8 +24,8 @@ IMAGE_VIT = "plain image ViT"
 ZEROI2V, ADAPTED_ZEROI2V = "ZeroI2V, merged", "ZeroI2V, adapted"
 SCALED = (IMAGE_VIT, "merged", "joint attention")
 MARKERS = {"float32": "o", "bfloat16": "s", "float16": "^"}
-BACKENDS = {"triton", "matmul", "sdpa", "adapter_linear"}
-"""Of our ops."""
+BACKENDS = {"triton", "matmul", "sdpa"}
+"""Of our attention."""
 DPI = 130
 
 
@@ -190,7 +190,7 @@ def roofline(results: dict, path: Path) -> bool:
     }
     told = ", ".join(f"{stem.replace('_', ' ')} {share:.0%}" for stem, share in best.items())
     axes.set_title(
-        f"Of what a large matmul reaches, the ops reach up to: {told}\n({where(results)})",
+        f"Of what a large matmul reaches, attention reaches up to: {told}\n({where(results)})",
         fontweight="bold", fontsize=10, loc="left",
     )  # fmt: skip
     _bare(axes, "bottom", "left")

@@ -312,13 +312,13 @@ def _section(section: Section, machines: list[dict], files: Collection[str], fol
 
 
 def _ops(machines: list[dict], files: Collection[str], folder: str) -> list[str]:
-    figures = _figures(machines, files, folder, "roofline", "operations a second of the ops")
+    figures = _figures(machines, files, folder, "roofline", "operations a second of attention")
     text = (
-        "Attention and the adapter linear, forward and with backward, on every backend that runs"
-        " there: how near they come to a large matmul and a large copy, both measured in the same"
-        f" run. [What the Triton kernels compile to]({folder}/kernels.md) on each kind of GPU."
+        "Attention, forward and with backward, on every backend that runs there: how near it comes"
+        " to a large matmul and a large copy, both measured in the same run."
+        f" [What the Triton kernels compile to]({folder}/kernels.md) on each kind of GPU."
     )
-    return ["## The ops", text, *figures]
+    return ["## Attention", text, *figures]
 
 
 def _figures(

@@ -1,9 +1,10 @@
-"""A frozen linear layer with its adapter: gradients against float64, dropout, its kernels."""
+"""The arithmetic of an adapter and a frozen linear layer: gradients, merging, dropout, kernels."""
 
 from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 from rounding import assert_within_budget
 from torch.utils.flop_counter import FlopCounterMode
 from triton_ops import DEVICE, poisoned
@@ -13,22 +14,15 @@ from zeroi2v_kernels.adapter_linear import (
     Dropout,
     adapt,
     adapt_grad,
-    adapter_linear,
-    adapter_linear_backward,
-    adapter_linear_forward,
-    adapter_linear_reference,
+    adapter_reference,
     dropout_mask,
     merge,
+    merged_after_grad,
+    parameter_grads,
 )
 
-# The four places of a block of width 32: features in and out, whether the adapter comes after.
-PLACES = {
-    "before qkv": (32, 96, False),
-    "after proj": (32, 32, True),
-    "before fc1": (32, 128, False),
-    "after fc2": (128, 32, True),
-}
-FEW, MANY = 20, 300  # rows; from many on merging pays
+WIDTH, RANK, ROWS, SCALE = 32, 16, 20, 0.5
+PLACES = ("alone", "after a layer", "merged into the layer before")
 
 
 @pytest.fixture
@@ -42,40 +36,62 @@ def kernels():
     return pytest.importorskip("zeroi2v_kernels.adapter_linear_triton", reason="needs triton")
 
 
-def make(place, rows, dtype=torch.float64, rank=16, scale=0.5, seed=0):
-    """x, weight, bias and the four tensors of the adapter."""
-    in_features, out_features, after = PLACES[place]
-    width = out_features if after else in_features
-    generator = torch.Generator().manual_seed(seed)
+def make(rows=ROWS, dtype=torch.float64, in_features=WIDTH, out_features=WIDTH):
+    """x and the four tensors of an adapter after it; weight and bias of a frozen layer."""
+    generator = torch.Generator().manual_seed(0)
 
     def draw(*shape, size=1.0):
         return size * torch.randn(shape, generator=generator, dtype=torch.float64)
 
     frozen = [draw(out_features, in_features, size=in_features**-0.5), draw(out_features)]
-    adapter = [draw(rank, width, size=width**-0.5), draw(rank)]
-    adapter += [draw(width, rank, size=rank**-0.5), draw(width)]
-    x = draw(rows, in_features)
-    trained = [t.to(DEVICE, dtype).requires_grad_() for t in (x, *adapter)]
+    adapter = [draw(RANK, WIDTH, size=WIDTH**-0.5), draw(RANK)]
+    adapter += [draw(WIDTH, RANK, size=RANK**-0.5), draw(WIDTH)]
+    trained = [t.to(DEVICE, dtype).requires_grad_() for t in (draw(rows, in_features), *adapter)]
     return trained, [t.to(DEVICE, dtype) for t in frozen]
 
 
-def judge(place, rows, dtype, dropout=0.0, scale=0.5):
-    """Value and all gradients against float64, in the budget of plain PyTorch."""
-    trained, frozen = make(place, rows, dtype)
-    after, seed = PLACES[place][2], torch.tensor(7, device=DEVICE)
-    mask = None
-    if dropout:
-        like = trained[0].new_empty(rows, trained[1].shape[0])
-        mask = dropout_mask(like, Dropout(dropout, seed))
+class Adapted(torch.autograd.Function):
+    """An adapter at one of `PLACES`, forward and backward by the parts that are tested."""
 
-    def ours(x, *adapter):
-        parts = Adapter(*adapter, scale)
-        return adapter_linear(x, *frozen, parts, after, dropout, seed if dropout else None)
+    @staticmethod
+    def forward(ctx, place, frozen, drop, scale, x, *tensors):
+        adapter = Adapter(*tensors, scale)
+        ctx.given, ctx.x = (place, frozen, drop, adapter), x
+        if place == PLACES[2]:
+            return F.linear(x, *merge(*frozen, adapter, after=True))
+        out, ctx.d = adapt(x if place == PLACES[0] else F.linear(x, *frozen), adapter, drop)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        place, frozen, drop, adapter = ctx.given
+        grad = grad.contiguous()
+        if place == PLACES[2]:
+            x_grad, grads = merged_after_grad(grad, ctx.x, *frozen, adapter)
+        else:
+            linear = None if place == PLACES[0] else frozen
+            x_grad, d_grad, sums = adapt_grad(grad, adapter, drop)
+            grads = parameter_grads(grad, ctx.x, ctx.d, d_grad, sums, adapter.scale, linear)
+            x_grad = x_grad if linear is None else x_grad @ frozen[0]
+        return *[None] * 4, x_grad, *(g.to(w.dtype) for g, w in zip(grads, adapter, strict=False))
+
+
+def judge(place, dtype, dropout=0.0, scale=SCALE, rows=ROWS):
+    """Value and all gradients against float64, in the budget of plain PyTorch."""
+    trained, frozen = make(rows, dtype)
+    drop, mask = Dropout(), None
+    if dropout:
+        drop = Dropout(dropout, torch.tensor(7, device=DEVICE))
+        mask = dropout_mask(trained[0].new_empty(rows, RANK), drop)
+
+    def ours(*tensors):
+        return Adapted.apply(place, frozen, drop, scale, *tensors)
 
     def reference(x, *adapter):
-        weight, bias = (t.to(x.dtype) for t in frozen)
+        if place != PLACES[0]:
+            x = F.linear(x, *(t.to(x.dtype) for t in frozen))
         drawn = None if mask is None else mask.to(x.dtype)
-        return adapter_linear_reference(x, weight, bias, Adapter(*adapter, scale), after, drawn)
+        return adapter_reference(x, Adapter(*adapter, scale), drawn)
 
     if dtype != torch.float64:
         assert_within_budget(ours, reference, trained)
@@ -89,23 +105,22 @@ def judge(place, rows, dtype, dropout=0.0, scale=0.5):
         assert (actual - expected).abs().max() <= 1e-10 * expected.abs().max()
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("rows, dropout", [(FEW, 0.0), (MANY, 0.0), (FEW, 0.4)])
+@pytest.mark.parametrize("place, dropout", [*product(PLACES, (0.0,)), *product(PLACES[:2], (0.4,))])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_value_and_gradients_at_every_place(place, rows, dropout, dtype):
-    judge(place, rows, dtype, dropout)
+def test_value_and_gradients_at_every_place(place, dropout, dtype):
+    judge(place, dtype, dropout)
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_scale_one_is_no_special_case(place):
-    judge(place, FEW, torch.float64, dropout=0.4, scale=1.0)
+    judge(place, torch.float64, dropout=0.4 if place != PLACES[2] else 0.0, scale=1.0)
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", PLACES[:2])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_kernels_are_as_exact(on_kernels, place, dtype):
     with poisoned():
-        judge(place, 140, dtype, dropout=0.4)
+        judge(place, dtype, dropout=0.4, rows=140)
 
 
 @pytest.mark.parametrize("rank", [16, 48, 192, 256])
@@ -137,7 +152,7 @@ def test_way_up_in_a_kernel_equals_a_product_and_sums(kernels, monkeypatch, rank
 
 
 def test_no_rows_give_sums_of_zero(on_kernels):
-    (x, *adapter), _ = make("before qkv", 0, torch.bfloat16)
+    (x, *adapter), _ = make(0, torch.bfloat16)
     drop = Dropout(0.4, torch.tensor(3, device=DEVICE))
     x_grad, d_grad, sums = adapt_grad(x.detach(), Adapter(*adapter, 0.5), drop)
     assert x_grad.shape == (0, 32) and d_grad.shape == (0, 16)
@@ -206,105 +221,42 @@ def philox(c0, c1, c2, c3, seed, rounds=7) -> tuple[int, int, int, int]:
     return c0, c1, c2, c3
 
 
-def test_merging_is_exact_and_formed_in_float32():
-    for place, (_, _, after) in PLACES.items():
-        trained, frozen = make(place, FEW)
-        x, adapter = trained[0], Adapter(*trained[1:], 0.5)
-        weight, bias = merge(*frozen, adapter, after)
-        expected = adapter_linear_reference(x, *frozen, adapter, after)
-        torch.testing.assert_close(x @ weight.T + bias, expected, rtol=1e-10, atol=1e-10)
-        low = [t.detach().bfloat16() for t in (*frozen, *adapter[:4])]
-        wide = [t.double() for t in low]
-        rounded = merge(*low[:2], Adapter(*low[2:], 0.5), after)
-        exact = merge(*wide[:2], Adapter(*wide[2:], 0.5), after)
-        for ours, truth in zip(rounded, exact, strict=True):  # rounded once, to bfloat16's 8 bits
-            assert ((ours.double() - truth).abs() <= 2**-8 * truth.abs() + 1e-6).all()
+@pytest.mark.parametrize("after", [False, True])
+def test_merging_is_exact_and_formed_in_float32(after):
+    sides = dict(in_features=48) if after else dict(out_features=96)
+    trained, frozen = make(**sides)
+    x, adapter = trained[0], Adapter(*trained[1:], SCALE)
+    weight, bias = merge(*frozen, adapter, after)
+    if after:
+        expected = adapter_reference(F.linear(x, *frozen), adapter)
+    else:
+        expected = F.linear(adapter_reference(x, adapter), *frozen)
+    torch.testing.assert_close(F.linear(x, weight, bias), expected, rtol=1e-10, atol=1e-10)
+    low = [t.detach().bfloat16() for t in (*frozen, *adapter[:4])]
+    wide = [t.double() for t in low]
+    rounded = merge(*low[:2], Adapter(*low[2:], SCALE), after)
+    exact = merge(*wide[:2], Adapter(*wide[2:], SCALE), after)
+    for ours, truth in zip(rounded, exact, strict=True):  # rounded once, to bfloat16's 8 bits
+        assert ((ours.double() - truth).abs() <= 2**-8 * truth.abs() + 1e-6).all()
 
 
-def test_merging_happens_where_it_saves_work_and_only_without_dropout():
-    counted = {}
-    for place, (_, _, after) in PLACES.items():
-        (x, *adapter), frozen = make(place, MANY)
-        tensors = (x.detach(), *frozen, [t.detach() for t in adapter])
+def test_merging_pays_where_it_takes_fewer_operations():
+    """After the projection, of width to width: merged, of the layer's input alone."""
+    drop = Dropout()
+    for rows in (20, 100, 300):
+        trained, frozen = make(rows)
+        x, *tensors = (t.detach() for t in trained)
+        adapter, grad, counted = Adapter(*tensors, SCALE), torch.ones_like(x), []
         for merged in (False, True):
-            with FlopCounterMode(display=False) as counter:  # it can't look into operators
-                forward, backward = adapter_linear_forward, adapter_linear_backward
-                out, *kept = forward._init_fn(*tensors, None, 0.5, after, 0.0, merged)
-                d, source = (*kept, None, None)[:2]
-                source = tensors[0] if source is None else source
-                backward._init_fn(out, source, d, *tensors[1:], None, 0.5, after, 0.0)
-            counted[merged] = counter.get_total_flops()
-        assert choice.merging_pays(MANY, frozen[0]) == (place != "after fc2")
-        assert (counted[True] < counted[False]) == choice.merging_pays(MANY, frozen[0])
-        assert not choice.merging_pays(FEW, frozen[0])
-
-
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("rows", [FEW, MANY])
-def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_weights_own(place, rows):
-    trained, frozen = make(place, rows, torch.float32)
-    values = []
-    for autocast in (False, True):
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
-            out = adapter_linear(trained[0], *frozen, Adapter(*trained[1:], 0.5), PLACES[place][2])
-        assert out.dtype == (torch.bfloat16 if autocast else torch.float32)
-        values.append([out, *torch.autograd.grad(out.float().square().sum(), trained)])
-    for expected, actual in zip(*values, strict=True):
-        assert (actual - expected).norm() <= 0.03 * expected.norm()
-    assert all(t.dtype == torch.float32 for t in values[1][1:])
-
-
-def test_merging_under_autocast_is_formed_in_float32_too():
-    trained, frozen = make("before qkv", MANY, torch.float32)
-    low = [t.detach().bfloat16() for t in (trained[0], *frozen, *trained[1:])]
-    x, weight, bias, *adapter = low
-    expected = adapter_linear(x, weight, bias, Adapter(*adapter, 0.5))
-    with torch.autocast(DEVICE, torch.bfloat16):
-        assert torch.equal(adapter_linear(x, weight, bias, Adapter(*adapter, 0.5)), expected)
-
-
-def test_an_adapter_is_not_merged_where_there_is_dropout():
-    (x, *adapter), frozen = make("before qkv", MANY)
-    outs = [adapter_linear(x, *frozen, Adapter(*adapter, 0.5), dropout=0.4) for _ in range(2)]
-    assert not torch.equal(*outs)
-
-
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("merged", [False, True])
-def test_is_a_well_formed_operator(place, merged):
-    (x, *adapter), frozen = make(place, 3, torch.float32)
-    seed = None if merged else torch.tensor(3, device=DEVICE)
-    dropout = 0.0 if merged else 0.4
-    args = (x, *frozen, adapter, seed, 0.5, PLACES[place][2], dropout, merged)
-    torch.library.opcheck(adapter_linear_forward, args)
-    with torch.no_grad():
-        adapter = [t.detach() for t in adapter]
-        out, *kept = adapter_linear_forward(*args[:3], adapter, *args[4:])
-        d, source = (*kept, None, None)[:2]
-        source = x.detach() if source is None else source
-        args = (out, source, d, *frozen, adapter, seed, 0.5, PLACES[place][2], dropout)
-        torch.library.opcheck(adapter_linear_backward, args)
-
-
-def test_leading_axes_are_kept():
-    (x, *adapter), frozen = make("before qkv", 12)
-    adapter = Adapter(*adapter, 0.5)
-    out = adapter_linear(x.view(3, 4, -1), *frozen, adapter)
-    assert torch.equal(out.flatten(0, 1), adapter_linear(x, *frozen, adapter))
-
-
-def test_wrong_arguments_are_refused():
-    (x, *adapter), (weight, bias) = make("before qkv", 2)
-    adapter = Adapter(*adapter, 0.5)
-    with pytest.raises(ValueError, match=r"weight must be \[out, 32\]: got \[96, 31\]"):
-        adapter_linear(x, weight[:, 1:], bias, adapter)
-    with pytest.raises(ValueError, match=r"bias must be \[96\]: got \[95\]"):
-        adapter_linear(x, weight, bias[1:], adapter)
-    with pytest.raises(ValueError, match=r"adapter.up must be \[96, 16\]: got \[32, 16\]"):
-        adapter_linear(x, weight, bias, adapter._replace(down=torch.zeros(16, 96)), after=True)
-    with pytest.raises(ValueError, match="weight must be frozen: got one that requires a grad"):
-        adapter_linear(x, weight.clone().requires_grad_(), bias, adapter)
-    with pytest.raises(ValueError, match=r"weights must be torch.float64 like x: got torch.float3"):
-        adapter_linear(x, weight.float(), bias, adapter)
-    with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\): got 1"):
-        adapter_linear(x, weight, bias, adapter, dropout=1)
+            with FlopCounterMode(display=False) as counter:
+                if merged:
+                    F.linear(x, *merge(*frozen, adapter, after=True))
+                    merged_after_grad(grad, x, *frozen, adapter)
+                else:
+                    _, d = adapt(F.linear(x, *frozen), adapter, drop)
+                    x_grad, d_grad, sums = adapt_grad(grad, adapter, drop)
+                    parameter_grads(grad, x, d, d_grad, sums, SCALE, frozen)
+                    x_grad @ frozen[0]
+            counted.append(counter.get_total_flops())
+        assert (counted[1] < counted[0]) == choice.merging_pays(rows, frozen[0]), rows
+    assert not choice.merging_pays(300, torch.empty(32, 128))  # after fc2 it never does

@@ -11,7 +11,6 @@ from fake_gpu import fake_gpu
 from models import small_config
 
 from bench import (
-    bench_adapter_linear,
     bench_rivals,
     bench_scaling,
     bench_zero_cost,
@@ -27,12 +26,10 @@ BENCHES = {
     "throughput": bench_zero_cost.bench_zero_cost_throughput,
     "rivals": bench_rivals.bench_rivals,
     "scaling": bench_scaling.bench_scaling,
-    "adapter_linear": bench_adapter_linear.bench_adapter_linear,
 }
 ARGUMENTS = {
     "throughput": dict(batch=4),
     "scaling": dict(frames=4),
-    "adapter_linear": dict(model="L/14", place="after proj", dropout=0.0),
 }
 
 
@@ -58,8 +55,6 @@ def test_bench_has_all_of_its_tensors_on_the_gpu(name, dtype, monkeypatch):
         given["dtype"] = dtype
     if name == "zero_cost":
         given["monkeypatch"] = monkeypatch
-    if name == "adapter_linear":
-        given["direction"] = "forward"
     monkeypatch.setattr(bench_zero_cost, "need_memory", lambda wanted, device: None)
     with fake_gpu(monkeypatch):
         if name in ("zero_cost", "throughput", "rivals"):

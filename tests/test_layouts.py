@@ -7,7 +7,7 @@ from triton_ops import DEVICE, poisoned
 pytest.importorskip("triton", reason="needs triton")
 from zeroi2v_kernels import choice
 from zeroi2v_kernels.activation import bias_activation
-from zeroi2v_kernels.adapter_linear import Adapter, Dropout, adapt, adapt_grad, adapter_linear
+from zeroi2v_kernels.adapter_linear import Adapter, Dropout, adapt, adapt_grad
 from zeroi2v_kernels.adapter_linear_triton import dropout
 from zeroi2v_kernels.norm import add_layer_norm
 from zeroi2v_kernels.stdha import stdha, stdha_split
@@ -52,21 +52,6 @@ def seed() -> torch.Tensor:
     return torch.tensor(3, device=DEVICE)
 
 
-def with_adapter(x, down, down_bias, up, up_bias):
-    weight = torch.linspace(-1, 1, 48 * 80, device=DEVICE).view(48, 80).to(x.dtype)
-    adapter = Adapter(down, down_bias, up, up_bias, 0.5)
-    return adapter_linear(x, weight, weight[:, 0].contiguous(), adapter, False, 0.4, seed())
-
-
-def with_frozen(x, weight, bias):
-    parts = [
-        torch.linspace(-1, 1, a * b, device=DEVICE).view(a, b) for a, b in ((16, 80), (80, 16))
-    ]
-    down, up = (part.to(x.dtype) for part in parts)
-    adapter = Adapter(down, down[:, 0].contiguous(), up, up[:, 0].contiguous(), 0.5)
-    return adapter_linear(x, weight, bias, adapter)
-
-
 OPERATORS = {  # the operator, shapes of its tensors, whether they have gradients
     "stdha": (lambda x: stdha(x, (1, 0), backend="triton"), [(1, 2, 9, 3, 2, 64)], True),
     "stdha_split": (
@@ -75,8 +60,6 @@ OPERATORS = {  # the operator, shapes of its tensors, whether they have gradient
         True,
     ),
     "matmul": (lambda x: stdha(x, (1, 0), backend="matmul"), [(1, 2, 9, 3, 2, 64)], True),
-    "adapter_linear": (with_adapter, [(140, 80), *ADAPTER], True),
-    "adapter_linear's frozen weights": (with_frozen, [(140, 80), (48, 80), (48,)], False),
     "adapter": (
         lambda x, r, *a: adapt(x, Adapter(*a, 0.5), Dropout(0.4, seed(), 1), r)[0],
         [(140, 80), (140, 80), *ADAPTER],

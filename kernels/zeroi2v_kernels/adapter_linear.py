@@ -1,4 +1,4 @@
-"""A frozen linear layer with a linear adapter before or after it, for training.
+"""The arithmetic of a frozen linear layer with a linear adapter before or after it, for training.
 
     before:  out = linear(adapter(x))         linear(x) = x W^T + b
     after:   out = adapter(linear(x))         adapter(x) = x + s (d U^T + b_up)
@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zeroi2v_kernels import choice
-from zeroi2v_kernels.device import packed, without_autocast
+from zeroi2v_kernels.device import packed
 
 
 class Adapter(NamedTuple):
@@ -70,82 +70,12 @@ class Dropout(NamedTuple):
         return round(self.probability * 2**16)
 
 
-def adapter_linear_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    adapter: Adapter,
-    after: bool = False,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """The definition of the op, in plain PyTorch, for a dropout mask `[..., R]` or None."""
-    if not after:
-        x = _reference(x, adapter, mask)
-    x = F.linear(x, weight, bias)
-    return _reference(x, adapter, mask) if after else x
-
-
-def _reference(x: Tensor, adapter: Adapter, mask: Tensor | None) -> Tensor:
+def adapter_reference(x: Tensor, adapter: Adapter, mask: Tensor | None = None) -> Tensor:
+    """The definition of an adapter, in plain PyTorch, for a dropout mask `[..., R]` or None."""
     d = F.linear(x, adapter.down, adapter.down_bias)
     if mask is not None:
         d = d * mask
     return x + adapter.scale * F.linear(d, adapter.up, adapter.up_bias)
-
-
-def adapter_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    adapter: Adapter,
-    after: bool = False,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-) -> Tensor:
-    """The frozen linear layer with the adapter before it, or `after` it.
-
-    Args:
-        x: `[..., in]`.
-        weight, bias: `[out, in]`, `[out]`; without gradient.
-        adapter: of `in` channels, or of `out` if it comes after.
-        dropout: probability of zeroing an element of the bottleneck.
-        seed: of the dropout, one int64 on the device of `x`; None draws it.
-
-    Returns:
-        `[..., out]`. All tensors are of one dtype and device; autocast casts them to its own.
-
-    Raises:
-        ValueError: a shape or dtype that does not fit, or a weight that requires a gradient.
-    """
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = (t.to(dtype) for t in (x, weight, bias))
-        adapter = Adapter(*(t.to(dtype) for t in adapter[:4]), adapter.scale)
-    if weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"weight must be [out, {x.shape[-1]}]: got {list(weight.shape)}")
-    if bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be [{weight.shape[0]}]: got {list(bias.shape)}")
-    width, rank = weight.shape[0 if after else 1], adapter.down.shape[0]
-    shapes = dict(down=(rank, width), down_bias=(rank,), up=(width, rank), up_bias=(width,))
-    for name, shape in shapes.items():
-        tensor = getattr(adapter, name)
-        if tensor.shape != shape:
-            raise ValueError(f"adapter.{name} must be {list(shape)}: got {list(tensor.shape)}")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor.requires_grad:
-            raise ValueError(f"{name} must be frozen: got one that requires a gradient")
-    for tensor in (weight, bias, *adapter[:4]):
-        if tensor.dtype != x.dtype:
-            raise ValueError(f"weights must be {x.dtype} like x: got {tensor.dtype}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be in [0, 1): got {dropout}")
-    if dropout and seed is None:
-        seed = torch.randint(2**62, (), device=x.device)
-    rows = x.reshape(-1, x.shape[-1])
-    merged = dropout == 0 and choice.merging_pays(rows.shape[0], weight)
-    out = adapter_linear_forward(
-        rows, weight, bias, list(adapter[:4]), seed, adapter.scale, after, dropout, merged
-    )[0]
-    return out.view(*x.shape[:-1], -1)
 
 
 def merge(weight: Tensor, bias: Tensor, adapter: Adapter, after: bool) -> tuple[Tensor, Tensor]:
@@ -303,105 +233,3 @@ def _drop(d: Tensor, dropout: Dropout) -> tuple[Tensor, Tensor]:
 def _sum(x: Tensor) -> Tensor:
     """Sum of the rows, in float32 at least."""
     return x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
-
-
-@torch.library.custom_op("zeroi2v::adapter_linear_forward", mutates_args=())
-@without_autocast
-def adapter_linear_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    adapter: Sequence[Tensor],
-    seed: Tensor | None,
-    scale: float,
-    after: bool,
-    dropout: float,
-    merged: bool,
-) -> list[Tensor]:
-    """out `[n, out]` for `x [n, in]`, and what backward needs besides: d and p, as `_kept` says."""
-    parts, drop = Adapter(*adapter, scale), Dropout(dropout, seed)
-    if merged:
-        weight, bias = merge(weight, bias, parts, after)
-        return [torch.addmm(bias, x, weight.t())]
-    if after:
-        p = torch.addmm(bias, x, weight.t())
-        keeps_p = _keeps_output(weight)
-        out, d = adapt(p, parts, drop, overwrite=not keeps_p)
-        return [out, d, p] if keeps_p else [out, d]
-    adapted, d = adapt(x, parts, drop)
-    return [torch.addmm(bias, adapted, weight.t()), d]
-
-
-def _keeps_output(weight: Tensor) -> bool:
-    """Whether a layer's output is kept for the adapter behind it rather than its input."""
-    return weight.shape[1] > weight.shape[0]
-
-
-@torch.library.custom_op("zeroi2v::adapter_linear_backward", mutates_args=())
-@without_autocast
-def adapter_linear_backward(
-    grad: Tensor,
-    source: Tensor,
-    d: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    adapter: Sequence[Tensor],
-    seed: Tensor | None,
-    scale: float,
-    after: bool,
-    dropout: float,
-) -> list[Tensor]:
-    """Gradients of x and of the adapter's weights; `source` is x, or p if that is what is kept."""
-    parts, drop = Adapter(*adapter, scale), Dropout(dropout, seed)
-    if after and d is None:
-        x_grad, grads = merged_after_grad(grad, source, weight, bias, parts)
-    elif after:
-        through = None if _keeps_output(weight) else (weight, bias)
-        p_grad, d_grad, sums = adapt_grad(grad, parts, drop)
-        grads = parameter_grads(grad, source, d, d_grad, sums, scale, through)
-        x_grad = p_grad.mm(weight)
-    else:
-        if d is None:
-            d = bottleneck(source, parts, drop)
-        grad = grad.mm(weight)
-        x_grad, d_grad, sums = adapt_grad(grad, parts, drop)
-        grads = parameter_grads(grad, source, d, d_grad, sums, scale)
-    return [x_grad, *(g.to(w.dtype) for g, w in zip(grads, adapter, strict=True))]
-
-
-@adapter_linear_forward.register_fake
-def _(x, weight, bias, adapter, seed, scale, after, dropout, merged):
-    out = x.new_empty(x.shape[0], weight.shape[0])
-    if merged:
-        return [out]
-    d = x.new_empty(x.shape[0], adapter[0].shape[0])
-    return [out, d, torch.empty_like(out)] if after and _keeps_output(weight) else [out, d]
-
-
-@adapter_linear_backward.register_fake
-def _(grad, source, d, weight, bias, adapter, seed, scale, after, dropout):
-    return [
-        grad.new_empty(grad.shape[0], weight.shape[1]),
-        *(w.new_empty(w.shape) for w in adapter),
-    ]
-
-
-def _save(ctx, inputs, output):
-    x, weight, bias, adapter, seed, ctx.scale, ctx.after, ctx.dropout, _ = inputs
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    d = output[1] if len(output) > 1 else None
-    source = output[2] if len(output) > 2 else x
-    ctx.save_for_backward(source, d, weight, bias, seed, *adapter)
-
-
-def _backward(ctx, grads):
-    source, d, weight, bias, seed, *adapter = ctx.saved_tensors
-    x_grad, *adapter_grads = adapter_linear_backward(
-        grads[0].contiguous(), source, d, weight, bias, adapter, seed,
-        ctx.scale, ctx.after, ctx.dropout,
-    )  # fmt: skip
-    return x_grad, None, None, adapter_grads, *[None] * 5
-
-
-adapter_linear_forward.register_autograd(_backward, setup_context=_save)

@@ -190,7 +190,7 @@ def roofline(results: dict, path: Path) -> bool:
     }
     told = ", ".join(f"{stem.replace('_', ' ')} {share:.0%}" for stem, share in best.items())
     axes.set_title(
-        f"Of what a large matmul reaches, attention reaches up to: {told}\n({where(results)})",
+        f"Share of what a large matmul reaches, at best: {told}\n({where(results)})",
         fontweight="bold", fontsize=10, loc="left",
     )  # fmt: skip
     _bare(axes, "bottom", "left")

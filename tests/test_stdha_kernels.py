@@ -177,9 +177,10 @@ def test_large_scores_do_not_overflow():
 
 def test_sharing_out_the_queries_of_one_head_changes_nothing(monkeypatch):
     qkv = random_qkv(1, 197, 1, 64, BF16)
-    expected = stdha(qkv, (0,), backend="triton")
-    monkeypatch.setattr(stdha_launch, "_wanted_programs", lambda device: 3)
-    assert torch.equal(stdha(qkv, (0,), backend="triton"), expected)
+    expected, asked = stdha(qkv, (0,), backend="triton"), []
+    monkeypatch.setattr(stdha_launch, "_launches", stdha_launch._launches.__wrapped__)
+    monkeypatch.setattr(stdha_launch, "_wanted_programs", lambda device: asked.append(device) or 3)
+    assert torch.equal(stdha(qkv, (0,), backend="triton"), expected) and asked
 
 
 def test_segments_cover_the_keys_with_little_waste():

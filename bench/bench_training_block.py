@@ -49,7 +49,8 @@ GOALS = {
 @pytest.mark.parametrize("recipe, clips", CASES)
 def bench_training_block(recipe, clips, compare, timed, device):
     config = RECIPES[recipe].model
-    small = {} if timed else dict(depth=2, image_size=4 * config.patch_size)  # enough to check
+    few = dict(depth=2, image_size=4 * config.patch_size, num_frames=2)
+    small = {} if timed else few  # enough to check
     config = dataclasses.replace(config, head_dropout=0.0, **small)
     models = {"float32": adapted_model(config, device).freeze().train()}
     models["bfloat16"] = copy.deepcopy(models["float32"]).bfloat16()

@@ -30,7 +30,8 @@ def test_merged_model_equals_adapted_model_on_every_recipe(name):
 
 
 def test_full_size_b16_merges():
-    adapted = build(RECIPES["vit_b16_k400_8x16"].model)
+    config = RECIPES["vit_b16_k400_8x16"].model
+    adapted = build(dataclasses.replace(config, image_size=64))  # all weights, on few tokens
     merged = merge(adapted)
     report = verify(adapted, merged, seeded_clips(adapted, count=1))
     assert report.passed and report.rel <= 1e-5, str(report)

@@ -137,10 +137,10 @@ def line_up(
         functions["triton"] = ours["triton"]
     else:
         absent["triton"] = ON_GPU
-    if qkv.is_cuda or not (backward or timed):
-        functions["FlexAttention"] = flex(qkv, offsets)
+    if qkv.is_cuda if timed else not backward:
+        functions["FlexAttention"] = flex(qkv, offsets, compiled=timed)
     else:
-        absent["FlexAttention"] = "is compiled, and differentiated, on CUDA alone"
+        absent["FlexAttention"] = "is timed on CUDA alone, and differentiated only compiled"
     for name, backend, function in (
         (FLASH_PLAIN, SDPBackend.FLASH_ATTENTION, functions[PLAIN]),
         (CUDNN_PLAIN, SDPBackend.CUDNN_ATTENTION, functions[PLAIN]),
@@ -189,11 +189,11 @@ def clone_and_shift(offsets: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def flex(qkv: Tensor, offsets: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+def flex(qkv: Tensor, offsets: tuple[int, ...], compiled: bool) -> Callable[[Tensor], Tensor]:
     """A clip as one sequence of T*N tokens; a query sees the keys of its head's frame."""
     frames, tokens = qkv.shape[1:3]
     mask = block_mask(frames, tokens, offsets, qkv.device)
-    attend = torch.compile(flex_attention, dynamic=False) if qkv.is_cuda else flex_attention
+    attend = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
 
     def run(qkv: Tensor) -> Tensor:
         query, key, value = qkv.flatten(1, 2).permute(2, 0, 3, 1, 4)  # [B, H, T*N, D]

@@ -13,6 +13,7 @@ from models import small_config
 from bench import (
     bench_rivals,
     bench_scaling,
+    bench_stdha,
     bench_zero_cost,
     cases,
     measure,
@@ -61,6 +62,22 @@ def test_bench_has_all_of_its_tensors_on_the_gpu(name, dtype, monkeypatch):
             given["case"] = cases.build("B/16", 8, timed=False, device="cuda")
         BENCHES[name](**given)
     assert len(ran) >= 3
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_flex_attention_is_compiled_only_to_be_timed(timed, monkeypatch):
+    """It takes many seconds a case, and there are 42."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function))
+    monkeypatch.setattr(bench_stdha, "block_mask", lambda *_: None)
+    with fake_gpu(monkeypatch):
+        qkv = torch.empty(1, 2, 5, 3, 2, 16, dtype=torch.bfloat16, device="cuda:0")
+        monkeypatch.setattr(bench_stdha, "flash_attention", lambda device: None)
+        for backward in (False, True):
+            functions, absent = bench_stdha.line_up(qkv, (1, 0), backward, timed)
+            assert ("FlexAttention" in functions) == (timed or not backward)
+            assert ("FlexAttention" in absent) != ("FlexAttention" in functions)
+    assert len(compiled) == (2 if timed else 0)
 
 
 @pytest.mark.parametrize("name", IMAGE_MODELS)

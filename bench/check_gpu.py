@@ -66,7 +66,7 @@ class Outcome:
     said: str = ""
     """The telling line: of what passed, why it failed or was skipped."""
     log: str = ""
-    """File of all its output."""
+    """File of all its output, beside the results."""
     lines: list[str] = field(default_factory=list)
     """The numbers that it printed."""
 
@@ -157,7 +157,8 @@ def main(argv: list[str] | None = None) -> int:
     for outcome in check(steps, args.out, 60 * args.minutes, args.dry):
         print(f"{outcome.status:<8} {outcome.name:<16} {outcome.seconds:6.1f} s  {outcome.said}")
         if outcome.status == "failed":
-            print("".join(f"    {line}\n" for line in outcome.lines[-12:]) + f"    {outcome.log}")
+            print("".join(f"    {line}\n" for line in outcome.lines[-12:]), end="")
+            print(f"    {args.out / outcome.log}")
         sys.stdout.flush()
         outcomes.append(outcome)
     counts = {s: sum(o.status == s for o in outcomes) for s in ("passed", "failed", "skipped")}
@@ -240,7 +241,7 @@ def run(step: Step, out: Path) -> Outcome:
     if step in SANITIZER:
         tool = step.name.split()[0]
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *command]
-    if step.figures:
+    if step.figures and out != RESULTS:
         command += ["--results", str(out)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(
         [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])}  # fmt: skip
@@ -260,7 +261,7 @@ def run(step: Step, out: Path) -> Outcome:
             _RUNNING.discard(process)
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     outcome = Outcome(
-        step.name, "failed", time.monotonic() - begun, log=str(log), lines=lines[-40:]
+        step.name, "failed", time.monotonic() - begun, log=log.name, lines=lines[-40:]
     )
     if late:
         outcome.said = f"took longer than its limit of {step.limit:g} s"

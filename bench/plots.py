@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 
 MERGED, ADAPTED, AUTHORS, IMAGE = "#0072B2", "#56B4E9", "#D55E00", "#808080"
@@ -200,7 +201,7 @@ def roofline(results: dict, path: Path) -> bool:
 def scaling(results: dict, path: Path) -> bool:
     """Frames a second over the clips in a batch, and over the frames of a clip.
 
-    Not drawn before something has been measured at two sizes.
+    Not drawn before a model has been measured at two sizes.
     """
     benches = _named(results, "bench_zero_cost", "bench_zero_cost_throughput", "bench_scaling")
     dtypes = [bench["dtype"] for bench in benches]
@@ -210,7 +211,7 @@ def scaling(results: dict, path: Path) -> bool:
     benches = [bench for bench in benches if bench["dtype"] == dtype]
     by_batch = [b for b in benches if b["frames"] == 8 and b["bench"] != "scaling"]
     by_frames = [b for b in benches if b["batch"] == 1]
-    if len({b["batch"] for b in by_batch}) < 2 and len({b["frames"] for b in by_frames}) < 2:
+    if max(_most_sizes(by_batch, "batch"), _most_sizes(by_frames, "frames")) < 2:
         return False
     figure, panels = _pyplot().subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
     _scaling_panel(panels[0], by_batch, "batch")
@@ -229,6 +230,12 @@ def scaling(results: dict, path: Path) -> bool:
     title = f"Time of 32 frames: {', '.join(told)}" if told else "Frames a second"
     figure.suptitle(f"{title}\n({dtype}, {where(results)})", fontweight="bold", fontsize=11)
     return _save(figure, results, path)
+
+
+def _most_sizes(benches: list[dict], key: str) -> int:
+    """At how many sizes that model was measured which was at most."""
+    sizes = {(bench["model"], bench[key]) for bench in benches}
+    return max(Counter(model for model, _ in sizes).values(), default=0)
 
 
 def _scaling_panel(axes, benches: list[dict], key: str) -> None:

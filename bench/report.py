@@ -24,6 +24,7 @@ END = "<!-- end of benches -->"
 def load(folder: Path = RESULTS) -> list[dict]:
     """The results of each machine, GPUs first."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    found = [results for results in found if "benches" in results]  # not those of check-gpu
     return sorted(found, key=lambda results: results["machine"]["kind"] != "GPU")
 
 

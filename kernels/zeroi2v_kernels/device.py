@@ -87,12 +87,16 @@ def packed(x: Tensor | None) -> Tensor | None:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def without_autocast(operator: Callable) -> Callable:
-    """`operator` as it computes without autocast, which would narrow float32 and widen softmax."""
+def unwatched(operator: Callable) -> Callable:
+    """`operator` as it computes within an operator of PyTorch, which has done what is asked of it.
+
+    Without autocast, which would narrow float32 and widen softmax; and without autograd, so that
+    the operators that it calls need not be operators.
+    """
 
     @functools.wraps(operator)
     def wide(x: Tensor, *args, **kwargs):
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False), torch.no_grad():
             return operator(x, *args, **kwargs)
 
     # as types, for whoever registers it: their names are not known in this module

@@ -18,10 +18,10 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from zeroi2v_kernels.device import without_autocast
+from zeroi2v_kernels.device import unwatched
 
 
-@without_autocast
+@unwatched
 def forward(query: Tensor, key_value: Tensor, head_offsets: Sequence[int], scale: float) -> Tensor:
     """Attention's output `[B, T, M, H, D]`; arguments as in `zeroi2v_kernels.stdha.stdha_split`."""
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -31,7 +31,7 @@ def forward(query: Tensor, key_value: Tensor, head_offsets: Sequence[int], scale
     return out
 
 
-@without_autocast
+@unwatched
 def backward(
     grad: Tensor,
     query: Tensor,

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 from zeroi2v_kernels import choice
-from zeroi2v_kernels.device import without_autocast
+from zeroi2v_kernels.device import unwatched
 
 from zeroi2v.model.training_math import (
     AFTER_FC2,
@@ -97,7 +97,7 @@ def _parameters(block: Block) -> tuple[list[Tensor], list[Tensor]]:
 
 
 @torch.library.custom_op("zeroi2v::block_forward", mutates_args=())
-@without_autocast
+@unwatched
 def block_forward(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -124,7 +124,7 @@ def block_forward(
 
 
 @torch.library.custom_op("zeroi2v::block_backward", mutates_args=())
-@without_autocast
+@unwatched
 def block_backward(
     grad: Tensor,
     x: Tensor,

@@ -16,14 +16,23 @@ import torch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from zeroi2v_kernels import activation, choice, device, norm, stdha_launch
+from zeroi2v_kernels import (
+    activation,
+    adapter_linear_triton,
+    choice,
+    device,
+    norm,
+    stdha_launch,
+)
 
 from bench.baselines.image_models import pooled, transformers_clip
+from bench.bench_training_block import step
 from bench.cases import adapted_model
-from zeroi2v import merge
+from zeroi2v import VideoViT, merge
 from zeroi2v.config import ModelConfig
 
 TRANSFORMERS, MERGED, WATCHED = "transformers CLIP", "merged", "merged, all through operators"
+NAIVE, SAVE = "naive", "save"
 PASSES = 5
 """Of a run."""
 CONFIG = ModelConfig.from_dict(
@@ -62,12 +71,15 @@ class Driver:
 
 
 def runs() -> dict[str, Callable[[], Tensor]]:
-    """A forward pass of each, on a CPU that is taken for a GPU from now on."""
-    for module in (norm, activation, stdha_launch):
+    """Passes of each, on a CPU that is taken for a GPU from now on."""
+    for module in (norm, activation, stdha_launch, adapter_linear_triton):
         module.INTERPRET = True  # else they refuse tensors of a CPU
     choice.uses_kernels = choice.patches_by_product = lambda x: True
     choice.choose_backend = lambda x: "triton"
-    merged = merge(adapted_model(CONFIG, "cpu")).bfloat16().eval()
+    choice.trains_by_block = lambda *_: True
+    adapted = adapted_model(CONFIG, "cpu")
+    merged = merge(adapted).bfloat16().eval()
+    trained = adapted.bfloat16().freeze().train()
     theirs = transformers_clip(merged)
     video = torch.randn(1, 3, CONFIG.num_frames, 32, 32).bfloat16()
     frames = video.transpose(1, 2).flatten(0, 1).contiguous()
@@ -84,10 +96,21 @@ def runs() -> dict[str, Callable[[], Tensor]]:
         TRANSFORMERS: lambda: pooled(theirs(frames)),
         MERGED: lambda: merged(video),
         WATCHED: watched,
+        **{block: training_step(trained, block, video) for block in (NAIVE, SAVE)},
     }
 
 
-@torch.inference_mode()
+def training_step(model: VideoViT, block: str, video: Tensor) -> Callable[[], list[Tensor]]:
+    """Forward and backward, with a contestant of `bench_training_block`."""
+
+    @torch.enable_grad()
+    def run() -> list[Tensor]:
+        return step(model, block, video)
+
+    return run
+
+
+@torch.no_grad()
 def main() -> None:
     torch.set_num_threads(1)
     gpu = Driver()

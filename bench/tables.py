@@ -167,6 +167,12 @@ SECTIONS = (
         ("seconds", "ratio"),
     ),
     Section(
+        "The host's part of a training step", "bench_host_training", "",
+        "The same for forward and backward of five steps, by plain autograd (naive) and by the"
+        " training block.",
+        ("seconds", "ratio"),
+    ),
+    Section(
         "Beside other methods", "bench_rivals", "model, frames, precision",
         "The same backbone with the blocks of other methods, written from their papers"
         " (`bench/baselines/`), in bfloat16. Times are measured here; accuracies and GMACs (10⁹"

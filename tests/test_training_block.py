@@ -437,9 +437,33 @@ def forward_arguments(block, x, cls_only) -> tuple:
         return block_forward(*args)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("zeroi2v.model.training_block.is_followed", lambda x: True)
         patch.setattr("zeroi2v.model.training_block.block_forward", record)
         block(x, cls_only)
     return calls[0]
+
+
+@pytest.mark.parametrize("memory", POLICIES)
+@pytest.mark.parametrize("cls_only", [False, True])
+def test_the_block_gives_the_same_bits_as_an_operator_and_without_its_layers(
+    memory, cls_only, monkeypatch
+):
+    config = small_config("vit_b16_k400_8x16")
+    block = build_block(config)
+    block.memory = memory
+    x = tokens(config, torch.float32).requires_grad_()
+    parameters = [x, *(p for p in block.parameters() if p.requires_grad)]
+    results = []
+    for followed in (False, True):
+        monkeypatch.setattr(
+            "zeroi2v.model.training_block.is_followed", lambda x, answer=followed: answer
+        )
+        torch.manual_seed(0)
+        out = block(x, cls_only)
+        assert ("_Block" in type(out.grad_fn).__name__) == (not followed)
+        results.append(value_and_grads(out, parameters))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_an_unknown_policy_is_refused():

@@ -18,6 +18,7 @@ are made of, in float32, by program: no atomics. Importing this module imports t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -27,9 +28,10 @@ import triton.language as tl
 from torch import Tensor
 
 from zeroi2v_kernels import bounds, proof
-from zeroi2v_kernels.device import HALF, TRITON_DTYPES, on_device, packed
+from zeroi2v_kernels.device import HALF, TRITON_DTYPES, ceil_div, on_device, packed
 from zeroi2v_kernels.device import arch as arch_of
 from zeroi2v_kernels.dot import INTERPRET, _dot
+from zeroi2v_kernels.launch import Launcher
 
 
 class Launch(NamedTuple):
@@ -167,7 +169,7 @@ def add_up(
         out `[n, C]`; backward, sums of x by program, float32 `[programs, C]`, else None.
     """
     (num_rows, width), launch = x.shape, LAUNCH[arch_of(x.device)]
-    columns, tiles = triton.cdiv(width, launch.block_n), triton.cdiv(num_rows, launch.block_m)
+    columns, tiles = ceil_div(width, launch.block_n), ceil_div(num_rows, launch.block_m)
     programs = min(tiles, max(1, launch.programs // columns))
     out = x.new_empty(x.shape, dtype=(x if residual is None else residual).dtype)
     sums = x.new_empty(programs, width, dtype=torch.float32) if bias is None else None
@@ -177,11 +179,14 @@ def add_up(
 
 def _run_up(x, middle, weight, bias, scale, residual, out, sums, programs) -> None:
     _check_device(x)
-    width, rank = x.shape[1], middle.shape[1]
-    constants, options = plan_up(width, rank, bias is None, residual is not None, arch_of(x.device))
     if programs:
+        launch, width = LAUNCH[arch_of(x.device)], x.shape[1]
+        dtypes = (x.dtype, None if residual is None else residual.dtype)
+        key = (x.device, launch, width, middle.shape[1], bias is None, *dtypes)
+        run = _up_launcher(_up_kernel, *key)
         with on_device(x):
-            _up_kernel[(triton.cdiv(width, constants["BLOCK_N"]), programs)](
+            run(
+                (ceil_div(width, launch.block_n), programs),
                 x_ptr=packed(x),
                 middle_ptr=packed(middle),
                 weight_ptr=packed(weight),
@@ -191,9 +196,14 @@ def _run_up(x, middle, weight, bias, scale, residual, out, sums, programs) -> No
                 sums_ptr=sums,
                 num_rows=x.shape[0],
                 scale=scale,
-                **constants,
-                **options,
             )
+
+
+@functools.cache
+def _up_launcher(kernel, device, launch, width, rank, backward, dtype, residual_dtype) -> Launcher:
+    has_residual = residual_dtype is not None
+    constants, options = plan_up(width, rank, backward, has_residual, arch_of(device))
+    return Launcher(kernel, constants, **options)
 
 
 def dropout(x: Tensor, dropped: int, seed: Tensor, place: int) -> tuple[Tensor, Tensor]:
@@ -222,20 +232,23 @@ def dropout(x: Tensor, dropped: int, seed: Tensor, place: int) -> tuple[Tensor, 
 
 
 def _sums_of_dropout(x: Tensor) -> Tensor:
-    programs = triton.cdiv(x.shape[0], DROPOUT_BLOCK[0])
+    programs = ceil_div(x.shape[0], DROPOUT_BLOCK[0])
     return x.new_empty(programs, x.shape[1], dtype=torch.float32)
 
 
 def _run_dropout(x, dropped, seed, place, out, sums) -> None:
     num_rows, rank = x.shape
     if num_rows:
-        grid = tuple(triton.cdiv(n, b) for n, b in zip(x.shape, DROPOUT_BLOCK, strict=True))
+        run = _dropout_launcher(_dropout_kernel, x.device, x.dtype, rank, place, dropped)
+        grid = tuple(ceil_div(n, b) for n, b in zip(x.shape, DROPOUT_BLOCK, strict=True))
         with on_device(x):
-            tile = dict(zip(("BLOCK_M", "BLOCK_R"), DROPOUT_BLOCK, strict=True))
-            constants = dict(R=rank, PLACE=place, DROPPED=dropped) | tile
-            _dropout_kernel[grid](
-                x_ptr=x, seed_ptr=seed, out_ptr=out, sums_ptr=sums, num_rows=num_rows, **constants
-            )
+            run(grid, x_ptr=x, seed_ptr=seed, out_ptr=out, sums_ptr=sums, num_rows=num_rows)
+
+
+@functools.cache
+def _dropout_launcher(kernel, device, dtype, rank, place, dropped) -> Launcher:
+    tile = dict(zip(("BLOCK_M", "BLOCK_R"), DROPOUT_BLOCK, strict=True))
+    return Launcher(kernel, dict(R=rank, PLACE=place, DROPPED=dropped) | tile)
 
 
 def mask(num_rows: int, rank: int, dropped: int, seed: Tensor, place: int) -> Tensor:
@@ -244,7 +257,7 @@ def mask(num_rows: int, rank: int, dropped: int, seed: Tensor, place: int) -> Te
     Source: Philox, Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011).
     """
     low = 2**32 - 1
-    shape = (num_rows, triton.cdiv(rank, 8))
+    shape = (num_rows, ceil_div(rank, 8))
     rows, eights = (torch.arange(n, device=seed.device) for n in shape)
     a, b = rows[:, None].expand(shape), eights.expand(shape)
     c, d = torch.full_like(a, place), torch.zeros_like(a)

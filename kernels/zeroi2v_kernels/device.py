@@ -62,10 +62,14 @@ def operator(name: str) -> Callable[[Callable], Callable]:
 
 
 def _is_watched(x: Tensor) -> bool:
-    """False if only the result matters: no gradient, compiler, subclass, mode or transform asks."""
+    """False if only the result matters: no gradient is wanted, and nobody follows."""
+    return torch.is_grad_enabled() or is_followed(x)
+
+
+def is_followed(x: Tensor) -> bool:
+    """True if a compiler, tensor subclass, mode or transform must see the operators by name."""
     return (
         torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
         or type(x) not in (Tensor, nn.Parameter)
         or is_in_torch_dispatch_mode()
         or torch._C._functorch.peek_interpreter_stack() is not None

@@ -15,7 +15,8 @@ trained fc2 would need it), dropout masks (a seed gives them again), and the pro
 which its adapter reads (see `adapter_linear.py`).
 
 Forward and backward are one operator each, so that `torch.compile` can neither keep more nor undo
-what is computed again.
+what is computed again. Where nobody follows operators an autograd function runs the same: PyTorch's
+layers around an operator of so many tensors keep the host longer than a few clips keep a GPU.
 
 Source: ZeroI2V (arXiv 2310.01324), section 3, for the block; the bookkeeping is ours.
 """
@@ -26,9 +27,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from zeroi2v_kernels import choice
-from zeroi2v_kernels.device import unwatched
+from zeroi2v_kernels.device import is_followed, unwatched
 
 from zeroi2v.model.training_math import (
     AFTER_FC2,
@@ -77,7 +79,26 @@ def training_block(block: Block, x: Tensor, cls_only: bool) -> Tensor:
         cls_only=cls_only,
     )
     seed = torch.randint(2**62, (), device=x.device) if dropout else None
-    return block_forward(x, frozen + adapters, seed, *settings)[0]
+    if is_followed(x):
+        return block_forward(x, frozen + adapters, seed, *settings)[0]
+    return _Block.apply(x, seed, settings, *frozen, *adapters)
+
+
+class _Block(torch.autograd.Function):
+    """The operators below without PyTorch's layers around them."""
+
+    @staticmethod
+    def forward(ctx, x, seed, settings, *weights):
+        out, *kept = _forward(x, weights, seed, *settings)
+        ctx.settings, ctx.num_weights = settings, len(weights)
+        ctx.save_for_backward(x, seed, *weights, *kept)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x_grad, weight_grads, *_ = _backward(ctx, [grad], _gradients)
+        return x_grad, None, None, *weight_grads
 
 
 def _parameters(block: Block) -> tuple[list[Tensor], list[Tensor]]:
@@ -93,12 +114,13 @@ def _parameters(block: Block) -> tuple[list[Tensor], list[Tensor]]:
     )
     adapters = (attn.in_adapter, attn.out_adapter, mlp.in_adapter, mlp.out_adapter)
     weights = [w for layer in frozen for w in layer]
-    return weights, [p for adapter in adapters for p in adapter.parameters()]
+    layers = [x for adapter in adapters if not isinstance(adapter, nn.Identity)
+              for x in (adapter.down, adapter.up)]  # fmt: skip
+    return weights, [p for layer in layers for p in (layer.weight, layer.bias)]
 
 
-@torch.library.custom_op("zeroi2v::block_forward", mutates_args=())
 @unwatched
-def block_forward(
+def _forward(
     x: Tensor,
     weights: Sequence[Tensor],
     seed: Tensor | None,
@@ -123,9 +145,8 @@ def block_forward(
     return [out.view(*x.shape[:2], -1, x.shape[-1]), *kept]
 
 
-@torch.library.custom_op("zeroi2v::block_backward", mutates_args=())
 @unwatched
-def block_backward(
+def _gradients(
     grad: Tensor,
     x: Tensor,
     kept: Sequence[Tensor],
@@ -165,6 +186,10 @@ def _kept(x: Tensor, weights: Sequence[Tensor], settings: Settings) -> list[str]
         return kept
     merged = merged_places(x, weights, settings)
     return kept + [f"bottleneck_{place}" for place in places if place not in merged]
+
+
+block_forward = torch.library.custom_op("zeroi2v::block_forward", _forward, mutates_args=())
+block_backward = torch.library.custom_op("zeroi2v::block_backward", _gradients, mutates_args=())
 
 
 @block_forward.register_fake
@@ -214,11 +239,11 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(x, seed, *weights, *output[1:])
 
 
-def _backward(ctx, grads):
+def _backward(ctx, grads, gradients=block_backward):
     x, seed, *tensors = ctx.saved_tensors
     weights, kept = tensors[: ctx.num_weights], tensors[ctx.num_weights :]
     x_needs_grad = ctx.needs_input_grad[0]
-    given = block_backward(grads[0], x, kept, weights, seed, *ctx.settings, x_needs_grad)
+    given = gradients(grads[0], x, kept, weights, seed, *ctx.settings, x_needs_grad)
     x_grad = given.pop(0) if x_needs_grad else None
     weight_grads = [None] * NUM_FROZEN + given
     return x_grad, weight_grads, *[None] * (1 + len(ctx.settings))

@@ -111,9 +111,12 @@ class BlockArithmetic:
         self.batch, self.frames, self.tokens, self.width = x.shape
         self.x, self.settings, self.dtype = x.reshape(-1, self.width), settings, settings.dtype
         self.cls_only, self.head_offsets = settings.cls_only, tuple(settings.head_offsets)
-        norm_dtype = torch.promote_types(x.dtype, torch.float32)
+        self.on_kernels = choice.uses_kernels(x)
         frozen = Frozen.of(weights)
-        self.norm_1, self.norm_2 = frozen.norm_1.to(norm_dtype), frozen.norm_2.to(norm_dtype)
+        self.norm_1, self.norm_2 = frozen.norm_1, frozen.norm_2
+        if not self.on_kernels:  # which widen as they read
+            wide = torch.promote_types(x.dtype, torch.float32)
+            self.norm_1, self.norm_2 = self.norm_1.to(wide), self.norm_2.to(wide)
         layers = (frozen.qkv, frozen.proj, frozen.fc1, frozen.fc2)
         self.qkv, self.proj, self.fc1, self.fc2 = (layer.to(self.dtype) for layer in layers)
         wide = [
@@ -127,7 +130,6 @@ class BlockArithmetic:
             ]
             for place in merged_places(x, weights, settings)
         }
-        self.on_kernels = choice.uses_kernels(x)
         self.by_matmul = attends_by_matmul(x, settings)
         # PyTorch has silu but not QuickGELU; the factors ride on the products around it.
         self.is_silu = settings.activation == "quick_gelu" and not self.on_kernels

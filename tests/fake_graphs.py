@@ -10,7 +10,7 @@ from contextlib import nullcontext
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from zeroi2v.model import graphs
 
@@ -58,9 +58,16 @@ class Capture(TorchDispatchMode):
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         if self.fails:
             raise RuntimeError(self.fails)
-        output = operation(*args, **(kwargs or {}))
-        self.graph.noted.append((operation, args, kwargs or {}, tree_leaves(output)))
+        kwargs = kwargs or {}
+        output = operation(*args, **kwargs)
+        read = tree_map(_as_it_lies, (args, kwargs))
+        self.graph.noted.append((operation, *read, tree_leaves(output)))
         return output
+
+
+def _as_it_lies(x):
+    """A weight's memory and layout of now, which a parameter may exchange for others."""
+    return x.detach() if isinstance(x, torch.nn.Parameter) else x
 
 
 class Stream:

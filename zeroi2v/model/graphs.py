@@ -6,7 +6,8 @@ and launched whole. For large batches, where the GPU is the slower one, it gains
 nothing but that the memory of a pass stays taken.
 
 A graph repeats what was launched while it was captured. It reads the weights where they lie, so
-changes in place are seen; whatever else a pass depends on is compared before each replay.
+changes in place are seen; whatever else a pass depends on is compared during each replay, whose
+result goes nowhere if something has changed.
 """
 
 from __future__ import annotations
@@ -45,6 +46,11 @@ class Graphs:
     def __init__(self) -> None:
         self._state: list[Any] = []
         """That of the model which the graphs are of."""
+        self._weights: list[Tensor] = []
+        self._pointers: list[int] = []
+        """Where these were when the graphs were captured, which read them there."""
+        self._held = False
+        """Whether the state was still that when it was last compared."""
         self._graphs: dict[tuple, Graph | None] = {}
         """The last one used is last; None where a capture has failed."""
         self._seen: deque[tuple] = deque(maxlen=KEPT)
@@ -68,19 +74,44 @@ class Graphs:
         Returns:
             Memory of the caller's own, which later calls leave alone.
         """
-        state = state_of(model) if can_replay(model, video) else None
-        if state is None:
+        if not can_replay(model, video):
             return compute(video)
         key = (video.shape, video.dtype, video.device)
         with _LOCK:
-            if state != self._state:
-                self._state = state
-                self._graphs.clear()
-                self._seen.clear()
-            graph = self._find(compute, key, recurs)
-            if graph is not None:
-                return self._launch(graph, video)
+            output = self._run_ahead(key, video)
+            state = state_of(model)  # compared while the GPU is at work
+            self._held = state == self._state
+            if self._held and output is not None:
+                return output
+            if state is not None:
+                if not self._held:
+                    self._begin(model, state)
+                graph = self._find(compute, key, recurs)
+                if graph is not None:
+                    return self._launch(graph, video)
         return compute(video)
+
+    def _begin(self, model: nn.Module, state: list[Any]) -> None:
+        """Forgets the graphs of another state."""
+        self._state, self._weights = state, [*model.parameters(), *model.buffers()]
+        self._pointers = [weight.data_ptr() for weight in self._weights]
+        self._graphs.clear()
+        self._seen.clear()
+
+    def _run_ahead(self, key: tuple, video: Tensor) -> Tensor | None:
+        """The result of a graph that does no harm, as its weights are still there.
+
+        Whether it is the right one, the state of the model must tell.
+        """
+        graph = self._graphs.get(key)
+        if (
+            graph is None
+            or not self._held
+            or [w.data_ptr() for w in self._weights] != self._pointers
+        ):
+            return None
+        self._graphs[key] = self._graphs.pop(key)
+        return self._launch(graph, video)
 
     def _find(self, compute: Compute, key: tuple, recurs: bool) -> Graph | None:
         """The graph of that key, captured if it is due."""
@@ -178,7 +209,7 @@ def state_of(model: nn.Module) -> list[Any] | None:
     That is where the weights lie and in which layout, the modules with their attributes (an
     attention's backend), and how exact float32 is. Other global settings of PyTorch are not in it.
     None if the pass can't be in a graph: a part is in training mode, has hooks, or weights that are
-    no plain tensors. It is compared before each replay, so it must be quick.
+    no plain tensors. It is compared at each replay, so it must be quick.
     """
     modules = [model]
     for module in modules:

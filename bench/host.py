@@ -1,10 +1,10 @@
-"""What the host does in a forward pass on a GPU, without a GPU: `python -m bench.host`.
+"""What the host does in a pass on a GPU, without a GPU: `python -m bench.host`.
 
 Triton's driver is a stand-in that launches nothing, and PyTorch's operators compute on the CPU,
 where a model is so small that they are done at once. So what is left is Python, Triton's and
 PyTorch's launching, about as it is on a GPU. What is computed means nothing.
 
-Reads names of `RUNS` from its input, a line each, and answers `done` when it has run one.
+Reads names of `runs()` from its input, a line each, and answers `done` when it has run one.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -87,9 +88,8 @@ def end_node(launcher: subprocess.Popen) -> None:
 
 
 def family(pid: int) -> list[int]:
-    """`pid`, its children, and theirs."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [pid, *(other for child in children for other in family(int(child)))]
+    """`pid`, its children, and theirs; Linux's own list of children may leave some out."""
+    return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
 
 
 def written_by_second_node(run_dir: Path) -> list[str]:

@@ -156,8 +156,8 @@ def roofline(results: dict, path: Path) -> bool:
     ]
     if not points:
         return False
-    ceilings = dict(results["machine"]["ceilings"])
-    copy = ceilings.pop("copy")
+    reached, measured = results["machine"]["ceilings"], {dtype for _, dtype, _ in points}
+    copy, ceilings = reached["copy"], {k: v for k, v in reached.items() if k in measured}
     figure, axes = _pyplot().subplots(figsize=(8.6, 5), layout="constrained")
     at = [row["flops_per_s"] / row["bytes_per_s"] for _, _, row in points]
     left = min([*at, min(ceilings.values()) / copy]) / 4

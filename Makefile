@@ -10,11 +10,16 @@ export OMP_NUM_THREADS ?= 2
 all: .venv/installed
 
 .venv/installed: pyproject.toml setup.py constraints.txt
-	$(PYTHON) -m venv .venv
-	$(PIP) install -q -c constraints.txt torch
-	$(PIP) install -q -c constraints.txt -e '.[train,export,dev]'
-	$(PIP) install -q -c constraints.txt --no-deps torchvision timm open_clip_torch
-	touch $@
+	@echo 'Installing into .venv, at the versions of constraints.txt: 3 to 6 minutes, once.'
+	@$(PYTHON) -m venv .venv
+	@echo '[1/3] PyTorch'
+	@$(PIP) install -q -c constraints.txt torch
+	@echo '[2/3] zeroi2v, with what training, export and the tests need'
+	@$(PIP) install -q -c constraints.txt -e '.[train,export,dev]'
+	@echo '[3/3] timm and open_clip, which the tests compare with'
+	@$(PIP) install -q -c constraints.txt --no-deps torchvision timm open_clip_torch
+	@touch $@
+	@echo 'Installed. Next: `make demo` trains and merges a small model; `make test` runs all tests.'
 
 demo: .venv/installed
 	.venv/bin/python examples/demo.py

@@ -4,9 +4,9 @@ On the CPU each contestant gives the same 8 frames of a 300-frame 340x256 H.264 
 are the frames of a decode of the whole file is checked before anything is timed. Rivals that are
 not installed are left out, with the reason. One thread each: parallel work is over clips.
 
-On a GPU also: what its decoder makes of each codec beside PyAV, of damaged files, how fast it is,
-and how long a training step of ViT-L/14 waits for data. Those skip without one, as far as DALI
-cannot decode that codec on the CPU.
+On a GPU also: its decoder compared with PyAV for each codec and for damaged files, its speed, and
+how long a training step of ViT-L/14 waits for data. These skip without a GPU, unless DALI decodes
+that codec on the CPU.
 """
 
 import time

@@ -1,9 +1,9 @@
 """The host's part of a pass on a GPU, op by op: the merged model beside transformers' CLIP, and a
 training step by the training block beside plain autograd.
 
-Where a batch is small the GPU waits for the host, so this is what such a pass takes. It is measured
-without a GPU (`bench/host.py`), in a process of its own: times are of 12 blocks and say nothing in
-themselves, their ratio does.
+With a small batch the GPU waits for the host, so this is the time of such a pass. It is measured
+without a GPU (`bench/host.py`), in a process of its own: times are of 12 blocks; only their ratio
+means something.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LAUNCHES = 2 + 4 * CONFIG.depth
 
 @pytest.fixture(scope="module")
 def host():
-    """A function that has the other process run what has that name, and returns its answer."""
+    """A function that makes the other process run what has that name, and returns its answer."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
     with subprocess.Popen(
         [sys.executable, "-m", "bench.host"], env=environment, cwd=Path(__file__).parents[1],

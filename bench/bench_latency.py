@@ -1,9 +1,9 @@
 """The time to an answer: one clip, from an idle host and GPU until the logits are in host memory.
 
-Where others are measured as CUDA graphs (`bench_zero_cost`), these are called as a user calls them,
-so that the host counts: CLIP's image tower in transformers, the merged model, and the same after
-`accelerate()`. Beside them the merged model in a graph around all, which checks nothing before it
-is replayed. On a CPU the host does the work itself, and there is nothing to wait for.
+`bench_zero_cost` measures CUDA graphs; here models are called as a user calls them, so that the
+host's time counts: CLIP's image tower in transformers, the merged model, and the same after
+`accelerate()`. Also the merged model in one graph, which checks nothing before it is replayed. On a
+CPU the host does the work itself, and there is nothing to wait for.
 """
 
 from __future__ import annotations

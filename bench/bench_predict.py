@@ -1,8 +1,8 @@
 """Cold start: from the shell to the first answer on one video, each time in a fresh process.
 
 Contestants are the same merged model as a folder, an ONNX file and an exported program. `import
-torch` alone is what no Python program that uses it can be faster than. Before any is timed, each
-must name the same classes.
+torch` alone is the lower limit of any Python program that uses it. Before any is timed, each must
+name the same classes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Merging from the command line: seconds and the most memory that the process held at once.
 
-Beside it what merging can't do without: to read the adapted model and to write one. Weights are
+Beside it the unavoidable part of merging: reading the adapted model and writing one. Weights are
 random; before anything is timed, the report of the merge must say that it passed.
 """
 

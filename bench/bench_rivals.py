@@ -1,8 +1,8 @@
 """What other ways of adapting the same image model to video cost, beside ZeroI2V merged.
 
-All share one backbone's weights and compute only CLS in the last block, AIM and ST-Adapter too,
-whose papers count it in full: what is measured is the method. Accuracies are those published, not
-measured here; each stands with its source.
+All share one backbone's weights and compute only CLS in the last block, so that the methods are
+compared; the papers of AIM and ST-Adapter count that block in full. Accuracies are the published
+ones, each with its source; none is measured here.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Head-shifted attention alone: our kernels and backends beside attention that knows no offsets.
+"""Head-shifted attention alone: our kernels and backends beside attention without offsets.
 
-All get the same packed `qkv [B, T, N, 3, H, D]`. Without offsets, which is all that an image model
-pays: PyTorch's attention as it chooses, by flash and by cuDNN. With them: our backends; keys and
-values of all heads cloned, shifted and given to PyTorch's flash attention; and FlexAttention, to
-which a clip is one sequence with a block mask. `forward` runs without autograd; `forward+backward`
-includes the gradient of qkv. Before any is timed, the first clip's output and gradient must be as
-exact as the definition's in the same dtype, judged in float64.
+All get the same packed `qkv [B, T, N, 3, H, D]`. Without offsets, as in an image model: PyTorch's
+attention with its own choice, flash and cuDNN. With them: our backends; keys and values of all
+heads cloned, shifted and given to PyTorch's flash attention; and FlexAttention, to which a clip is
+one sequence with a block mask. `forward` runs without autograd; `forward+backward` includes the
+gradient of qkv. Before any is timed, the first clip's output and gradient must be as exact as the
+definition's in the same dtype, judged in float64.
 
 On a GPU all of it runs, and the kernels of CUDA are what is timed:
 `pytest bench/bench_stdha.py --benchmark`. Out-of-bounds accesses and races, on small shapes:
@@ -168,7 +168,7 @@ def only(backend: SDPBackend, function: Callable[[Tensor], Tensor], qkv: Tensor)
 
 
 def clone_and_shift(offsets: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
-    """Keys and values of all heads copied, those that shift written over, as the authors do."""
+    """Copies keys and values of all heads and overwrites the shifted ones, as the authors do."""
 
     def run(qkv: Tensor) -> Tensor:
         query, key, value = qkv.unbind(3)

@@ -1,8 +1,8 @@
-"""A training step, forward and backward, with the block that keeps little and with plain autograd.
+"""A training step, forward and backward, with the training block and with plain autograd.
 
 Contestants: `naive`, the block as the paper and CLIP write it, keys and values cloned and shifted,
-left to autograd; and the three policies of the training block. The same frozen model with trainable
-adapters, of ViT-B/16 and ViT-L/14 at 8 frames: one clip on a CPU, batches on a GPU. Before any is
+with autograd; and the three policies of the training block. All run the same frozen ViT-B/16 or
+ViT-L/14 with trainable adapters at 8 frames: one clip on a CPU, batches on a GPU. Before any is
 timed, all must give the gradients of plain autograd in float64. Peak memory is what was allocated
 above the weights; on a CPU it is counted event by event, so it has no noise.
 
@@ -102,7 +102,7 @@ def exact_gradients(model: VideoViT, video: Tensor) -> list[Tensor]:
 
 
 def use(model: VideoViT, block: str) -> None:
-    """Has the model's blocks computed as the contestant `block` does."""
+    """Makes the model's blocks compute as the contestant `block` does."""
     for b in model.transformer.resblocks:
         b.__dict__.pop("forward", None)
         if block == "naive":
@@ -112,7 +112,7 @@ def use(model: VideoViT, block: str) -> None:
 
 
 def widths_saved(model: VideoViT, block: str, video: Tensor) -> float:
-    """What a block keeps for backward, weights aside, in widths for each of its tokens."""
+    """What a block keeps for backward, without weights, in widths for each of its tokens."""
     use(model, block)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}

@@ -131,10 +131,9 @@ def bench_zero_cost_throughput(case, dtype, batch, compare, device):
 
 
 def forward_bytes(config: ModelConfig, batch: int, dtype: torch.dtype) -> int:
-    """What a forward pass of `batch` clips holds at most above weights and pixels, about.
-
-    It is what other libraries' image models hold in an MLP: the block's input, the attention's
-    result, their sum and its norm; the hidden layer, and two results of an unfused activation.
+    """Peak bytes of a forward pass of `batch` clips above weights and pixels, estimated. Other
+    libraries' image models reach it in an MLP: the block's input, the attention's result, their sum
+    and its norm; the hidden layer, and two results of an unfused activation.
     """
     tokens = batch * config.num_frames * config.num_tokens
     return round(tokens * config.width * (4 + 3 * config.mlp_ratio) * dtype.itemsize)
@@ -183,6 +182,6 @@ def flops_by_formula(name: str, merged: ModelConfig) -> int:
 
 
 def counted_on_fakes(contestant: Callable) -> int:
-    """Operations that PyTorch is asked for, without their being done."""
+    """Counts the operations that PyTorch is asked for, without doing them."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         return counted(contestant)

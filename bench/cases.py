@@ -1,7 +1,7 @@
 """The shapes, dtypes and models that benches share.
 
-A case marked `REST` says little that the others don't: it is timed with `--all` alone. In half
-precision bfloat16 speaks for float16, and on a GPU nobody runs these models in float32.
+A case marked `REST` adds little to the others and is timed only with `--all`. bfloat16 stands for
+float16 too, and on a GPU nobody runs these models in float32.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LIMITS = {"float32": 1e-5, "bfloat16": 0.05, "float16": 0.01}
 
 
 def parameters(values, essential) -> list:
-    """Parameters of a bench, of which those that are not `essential` are timed with `--all`."""
+    """Parameters of a bench; those that are not `essential` are timed only with `--all`."""
     return [pytest.param(v, marks=() if v in essential else REST) for v in values]
 
 
@@ -73,7 +73,7 @@ class Case(NamedTuple):
 
 @torch.no_grad()
 def build(model: str, frames: int, timed: bool, device: str) -> Case:
-    """The models of a recipe; small ones suffice to check, one clip does for the largest."""
+    """The models of a recipe; small ones for a check, one clip for the largest."""
     config = RECIPES[RECIPE[model, frames]].model
     if not timed:
         small = dict(width=16 * config.num_heads, depth=2, image_size=4 * config.patch_size)
@@ -93,7 +93,7 @@ def build(model: str, frames: int, timed: bool, device: str) -> Case:
 
 
 def adapted_model(config: ModelConfig, device: str) -> VideoViT:
-    """A random model on `device`, in eval mode, of which nothing is zero, adapters neither."""
+    """A random model on `device`, in eval mode, without zeros even in its adapters."""
     torch.manual_seed(0)
     with torch.device(device):
         model = VideoViT(config).eval()

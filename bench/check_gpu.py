@@ -6,8 +6,9 @@
     python -m bench.check_gpu --dry                    the same steps without a GPU
 
 Each step is a process of its own with a time limit, and a line; the others go on after a failure.
-Checks run side by side where there are cores, figures alone. Results are written as steps end. What
-a package is missing for is skipped by name, and a skip is no pass. Exit status 1 if a step failed.
+Checks run side by side where there are cores, figures alone. Results are written as steps end. A
+step whose package is missing is skipped by name, and a skip is no pass. Exit status 1 if a step
+failed.
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ class Step:
     needs: tuple[str, ...] = ()
     """Packages without which it is skipped."""
     dry: bool = False
-    """Whether there is something to run without a GPU."""
+    """Whether it runs without a GPU."""
     figures: bool = False
-    """Whether it times; those steps come last, and only while there is time."""
+    """Whether it measures time; those steps come last, and only while there is time."""
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Outcome:
     """passed, failed or skipped"""
     seconds: float = 0.0
     said: str = ""
-    """The telling line: of what passed, why it failed or was skipped."""
+    """One line: what passed, or why the step failed or was skipped."""
     log: str = ""
     """File of all its output, beside the results."""
     lines: list[str] = field(default_factory=list)
@@ -285,7 +286,7 @@ def _printed(lines: list[str]) -> Iterator[str]:
 
 
 def _judge(step: Step, status: int, lines: list[str]) -> tuple[str, str]:
-    """Status and telling line of a process that ended by itself. Without a result it failed."""
+    """Status and summary line of a process that ended by itself. Without a result it failed."""
     if step.command[:2] == ("-m", "zeroi2v.doctor"):
         try:
             checks = json.loads("\n".join(lines))["checks"]

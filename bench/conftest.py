@@ -1,7 +1,7 @@
 """How benches run: `pytest bench` checks each once, `pytest bench --benchmark` also times it.
 
-Timed are the cases that tell something new, the others too with `--all`. A bench proves its
-contestants right before it times them, in rounds in which all take turns. Figures go to
+Only cases that add something are timed, the others too with `--all`. A bench checks its contestants
+before it times them, in rounds in which all take turns. Figures go to
 `bench/results/<machine>.json`, and to pytest-benchmark if that is installed.
 """
 
@@ -80,7 +80,7 @@ def freed():
 
 @contextmanager
 def skipping(what: str):
-    """Turns the lack of an optional module into a skip of `what` that says so."""
+    """Turns a missing optional module into a skip of `what` that names it."""
     try:
         yield
     except (ModuleNotFoundError, pytest.Module.CollectError) as error:
@@ -196,7 +196,7 @@ def compare(request, benchmark, store, timed):
     check: called with name and output of each before any is timed; raises if it is wrong.
     absent: reasons, by name, why a contestant is not here: kept as empty rows.
     device: `cpu` for what uses no GPU though there is one.
-    graph: on a GPU, replay each as a CUDA graph; who can't be captured runs as it is, told so.
+    graph: on a GPU, replay each as a CUDA graph; what can't be captured runs as it is, with a note.
     memory, energy: measure peak bytes above what is held before; joules, where a GPU counts them.
     rounds: how many, more if they are short; by default as many as fit.
     against: of contestants, by name, another that they are compared with beside the baseline.

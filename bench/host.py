@@ -1,8 +1,8 @@
 """What the host does in a pass on a GPU, without a GPU: `python -m bench.host`.
 
 Triton's driver is a stand-in that launches nothing, and PyTorch's operators compute on the CPU,
-where a model is so small that they are done at once. So what is left is Python, Triton's and
-PyTorch's launching, about as it is on a GPU. What is computed means nothing.
+on a model so small that they take no time. What is left is Python and the launching by Triton and
+PyTorch, about as on a GPU. The results mean nothing.
 
 Reads names of `runs()` from its input, a line each, and answers `done` when it has run one.
 """
@@ -71,7 +71,7 @@ class Driver:
 
 
 def runs() -> dict[str, Callable[[], Tensor]]:
-    """Passes of each, on a CPU that is taken for a GPU from now on."""
+    """Passes of each, on a CPU that poses as a GPU from now on."""
     for module in (norm, activation, stdha_launch, adapter_linear_triton):
         module.INTERPRET = True  # else they refuse tensors of a CPU
     choice.uses_kernels = choice.patches_by_product = lambda x: True

@@ -35,7 +35,7 @@ def device() -> str:
 
 
 def machine_card() -> dict:
-    """What the figures were measured on; an entry that can't be found out is left out."""
+    """Facts about the machine; an entry that can't be found is left out."""
     card = _gpu() if device() == "cuda" else _cpu()
     name = card["name"] if device() == "cuda" else f"{card['name']} {card['cores']} cores"
     card["slug"] = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

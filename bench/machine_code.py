@@ -43,7 +43,7 @@ def listing(cubin: Path) -> str:
 
 
 def unwritten_reads(text: str) -> list[str]:
-    """What reads uniform registers that some path has not written, one description each."""
+    """Reads of uniform registers that some path has not written, one description each."""
     return [found for body in _FUNCTION.split(text)[1:] for found in _check(body)]
 
 

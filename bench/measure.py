@@ -25,7 +25,7 @@ ROUNDS = {"cpu": (3, 15), "cuda": (5, 100)}
 SHORT, MANY = 1.0, 200
 """Short runs go on for so many seconds, and at most so many rounds."""
 PATIENCE = {"cpu": math.inf, "cuda": 4.0}
-"""Budgets after which the fewest rounds are not waited for; one is always run."""
+"""Budgets after which even the fewest rounds are cut short; one is always run."""
 
 
 def interleave(
@@ -36,7 +36,7 @@ def interleave(
     timer: Callable[[], float] = time.perf_counter,
     exact: bool = False,
 ) -> dict[str, list[float]]:
-    """Seconds of each warmed-up contestant in each round; who begins rotates.
+    """Seconds of each warmed-up contestant in each round; the first one rotates.
 
     Without `rounds`, as many as fit into `budget` seconds, within `ROUNDS`. More if they are short,
     and fewer if they are so long that `PATIENCE` ends, unless `rounds` is `exact`.

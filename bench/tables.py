@@ -160,16 +160,16 @@ SECTIONS = (
     ),
     Section(
         "The host's part of a pass", "bench_host", "",
-        "What Python, Triton and PyTorch take to launch five passes op by op, measured without a"
-        " GPU: Triton's driver launches nothing, and the model is so small that PyTorch computes in"
-        " no time. Last, the same with every kernel called as an operator of PyTorch, as is done"
-        " where gradients are wanted.",
+        "The time that Python, Triton and PyTorch need to launch five passes op by op, measured"
+        " without a GPU: Triton's driver launches nothing, and the model is so small that PyTorch"
+        " computes in almost no time. Last, the same with every kernel called as a PyTorch"
+        " operator, as training does.",
         ("seconds", "ratio"),
     ),
     Section(
         "The host's part of a training step", "bench_host_training", "",
-        "The same for forward and backward of five steps, by plain autograd (naive) and by the"
-        " training block.",
+        "The same for the forward and backward passes of five steps, with plain autograd (naive)"
+        " and with the training block.",
         ("seconds", "ratio"),
     ),
     Section(
@@ -185,8 +185,8 @@ SECTIONS = (
     Section(
         "A training step", "bench_training_block", "recipe, clips",
         "Forward and backward with trainable adapters: plain autograd"
-        " (naive), and the three memory policies of the training block. Saved is what a block keeps"
-        " for backward, weights aside, in units of the width.",
+        " (naive), and the three memory policies of the training block. *Saved* is what a block"
+        " keeps for backward, without weights, in units of the width.",
         ("seconds", "ratio", "clips_per_s", "peak_bytes", "widths_saved", "joules"),
     ),
     Section(
@@ -196,13 +196,13 @@ SECTIONS = (
     ),
     Section(
         "Merging", "bench_reparam", "model",
-        "`python -m zeroi2v.reparam` from start to end, its proof included, and the most memory the"
-        " process held; beside it, to read the model and write it.",
+        "`python -m zeroi2v.reparam` from start to end, with its proof, and the peak memory of the"
+        " process; beside it, only reading and writing the model.",
         ("seconds", "peak_bytes"),
     ),
     Section(
         "The first answer", "bench_predict", "",
-        "`python -m zeroi2v.predict` on one video in a fresh process, by what it runs.",
+        "`python -m zeroi2v.predict` on one video in a fresh process, for each kind of model file.",
         ("seconds",),
     ),
 )  # fmt: skip
@@ -239,15 +239,15 @@ def _zero_cost(machines: list[dict], files: Collection[str], folder: str) -> str
             else:
                 missing.append(" ".join(case[1:]) + f" on {case[0]}")
     text = (
-        "One clip through the merged video model, and how many times as long it takes as CLIP's"
-        " image model (Hugging Face transformers) on the same frames, as the same network run as"
-        " the authors' code shifts keys and values, and how many times as long the adapted model"
-        " took before merging. Medians over paired runs, quartiles in brackets. *Error* is that of"
-        " the outputs, relative to float64. On a CPU in float32 ours multiplies with oneDNN and"
-        " transformers with MKL, as PyTorch does by default: what that gains is in the ratio to"
-        " transformers, but not in the one to the authors' way, which has our linear layers. Their"
-        " attention rounds its scores in half precision, as ours does not; *fused* in the picture"
-        " is theirs without that."
+        "The time of one clip in the merged video model, divided by the time of CLIP's image model"
+        " (Hugging Face transformers) on the same frames, and by the time of the same network with"
+        " the authors' way of shifting keys and values; and the time of the adapted model before"
+        " merging, divided by that of the merged one. Medians over paired runs, quartiles in"
+        " brackets. *Error* is that of the outputs, relative to float64. On a CPU in float32 ours"
+        " multiplies with oneDNN and transformers with MKL, PyTorch's default. This gain is in the"
+        " ratio to transformers, but not in the ratio to the authors' way, which uses our linear"
+        " layers. The authors' attention rounds its scores in half precision, ours does not;"
+        " *fused* in the picture is theirs without that rounding."
     )
     parts = ["## Zero cost", text, _sourced(header, rows)]
     parts += [f"Not measured: {'; '.join(missing)}."] if missing else []

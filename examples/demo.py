@@ -1,10 +1,10 @@
 """The whole job in minutes on two CPU cores: `make demo`, or `python examples/demo.py`.
 
-Makes videos of moving shapes whose class is the direction, so that no single frame tells it
+Makes videos of moving shapes whose class is the direction, which no single frame shows
 (`moving_shapes.py`); trains a small image ViT on single frames to name the shape; adapts it to
-video by the real `train/main.py`, once whole and twice with a part left out; evaluates, merges,
-evaluates again, classifies a file. All goes to `demo/`; the results are in `demo/report/`.
-Exit status 0 means that every claim at the end of the report holds.
+video with `train/main.py`, once in full and twice with a part left out; evaluates, merges,
+evaluates again, classifies a file. All goes to `demo/`; the results are in `demo/report/`. Exit
+status 0 means that every claim at the end of the report is true.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ STEPS = 9
 
 
 def main(argv: list[str]) -> None:
-    """Runs the demo. Raises ValueError if a step fails or a claim does not hold."""
+    """Runs the demo. Raises ValueError if a step fails or a claim is false."""
     parser = argparse.ArgumentParser(
         prog="examples/demo.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -59,6 +59,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     os.chdir(ROOT)
     console = Console()
+    print(f"{STEPS} steps, about 4 minutes on two idle CPU cores. Everything goes to {DEMO}/.")
     for part in ("videos", "cache", "image_model", "runs", "merged", "eval", "logs", "report"):
         shutil.rmtree(DEMO / part, ignore_errors=True)
     (DEMO / "logs").mkdir(parents=True)
@@ -101,7 +102,7 @@ def main(argv: list[str]) -> None:
     figures["speed"] = speed()
     figures["seconds"] = time.perf_counter() - console.started
     claims = demo_report.write(DEMO, figures)
-    print(f"\n{demo_report.table(figures)}\n")
+    print(f"\n{demo_report.table(figures)}\n\n{demo_report.speed_note(figures)}\n")
     for claim, holds in claims.items():
         print(f"{'yes' if holds else 'NO '}  {claim}")
     print(f"\n{figures['seconds']:.0f} s in all. Report: {DEMO}/report/report.md")

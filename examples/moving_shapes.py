@@ -1,9 +1,9 @@
-"""A small video set in which only the order of the frames tells the class.
+"""A small video set in which only the order of the frames shows the class.
 
 A shape moves at constant speed over a plain ground and comes back on the other side. The class is
 the direction. The shape starts anywhere, so in every frame, whatever the class, it is anywhere: a
-single frame tells the shape, but nothing of the direction. Run backwards, a clip of one class is
-a clip of the opposite one.
+single frame shows the shape, but not the direction. Run backwards, a clip of one class is a clip of
+the opposite one.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ SHAPES = (
     "open to the top", "open to the bottom", "open to the right", "open to the left",
 )  # fmt: skip
 """What the image model names; the last four are a square ring with one side missing. They make it
-tell a left edge from a right one, an upper from a lower. A model that knows only shapes that look
-the same mirrored has no use for that, and the direction can't be read from its features."""
+distinguish left from right and upper from lower edges. A model that has seen only symmetric shapes
+does not, and the direction can't be read from its features."""
 
 SIZE = 32
 """Height and width of a video, in pixels."""

@@ -52,13 +52,13 @@ def test_class_folders_are_numbered_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"must have 1 classes, .*: got 2: clap, run"):
         read_list(tmp_path, num_classes=1)
     (tmp_path / "walk").mkdir()
-    with pytest.raises(ValueError, match=r"class folder .*walk must hold a video: got none"):
+    with pytest.raises(ValueError, match=r"class folder .*walk must contain a video: got none"):
         read_list(tmp_path)
 
 
 def test_class_names_are_those_of_the_folders_and_text_lists_have_none(tmp_path):
     assert class_names(write(tmp_path / "list.txt", "a.mp4 0")) == ()
-    with pytest.raises(ValueError, match="must hold one folder per class: got none"):
+    with pytest.raises(ValueError, match="must contain one folder per class: got none"):
         class_names(tmp_path)
 
 

@@ -18,6 +18,7 @@ from videos import write_numbered
 from zeroi2v import check_data
 from zeroi2v.check_data import main
 from zeroi2v.cli import run
+from zeroi2v.data import manifest
 from zeroi2v.data.annotations import Sample, read_list
 from zeroi2v.data.decode import read_frames
 from zeroi2v.data.manifest import inspect_video, read_manifest, use_manifest
@@ -124,7 +125,7 @@ def test_videos_in_both_lists_or_twice_are_reported(dataset, tmp_path, capsys):
     with pytest.raises(ValueError, match="found 0 bad files and 3 other problems"):
         main(arguments(dataset, *more, name=str(tmp_path / "twice.txt")))
     out = capsys.readouterr().out
-    assert f"2 videos stand twice: {dataset.root}/0.mp4, {dataset.root}/1.mp4" in out
+    assert f"2 videos are listed twice: {dataset.root}/0.mp4, {dataset.root}/1.mp4" in out
     assert f"1 videos have several labels: {dataset.root}/1.mp4" in out
     shared = f"{dataset.root}/copy.mp4 (= {dataset.root}/0.mp4), {dataset.root}/1.mp4"
     assert f"2 videos are in both lists: {shared}" in out
@@ -240,8 +241,8 @@ def test_parts_are_held_against_the_length_of_their_film(tmp_path, capsys):
     assert checked(tmp_path, "\n".join(["path,label,start,end", *parts])) == 1
     out = capsys.readouterr().out
     film = f"{tmp_path}/film.mp4"
-    assert f"1 parts begin after the end of their film: {film} (from 2.5 to 3.0 s), 2.000 s" in out
-    assert f"1 parts reach past the end of their film: {film} (from 1.0 to 2.4 s), 2.000 s" in out
+    assert f"1 parts begin after the end of their video: {film} (from 2.5 to 3.0 s), 2.000 s" in out
+    assert f"1 parts reach past the end of their video: {film} (from 1.0 to 2.4 s), 2.000 s" in out
 
 
 @pytest.mark.parametrize(
@@ -275,16 +276,16 @@ def test_what_videos_are_not_expected_to_be_is_told(tmp_path, capsys):
     assert checked(tmp_path, names, name="list.txt") == 0
     notes = [x for x in capsys.readouterr().out.splitlines() if x.startswith("note")]
     assert len(notes) == 3
-    assert "1 videos have pixels that are not square, and are not stretched: wide.mp4" in notes[0]
-    assert "1 videos are HDR, and are read as if they were not: wide.mp4" in notes[1]
-    assert "1 videos hold less than their header promises: short.mkv (0." in notes[2]
+    assert "1 videos have pixels that are not square, which is ignored: wide.mp4" in notes[0]
+    assert "1 videos are HDR, and are read as SDR: wide.mp4" in notes[1]
+    assert "1 videos contain less than their header says: short.mkv (0." in notes[2]
     assert " of 2 s)" in notes[2]
 
 
 def test_promised_frames_that_are_missing_are_named(clips):
     facts = inspect_video(str(clips / "actions/wave__hmdb51_SchoolRules_0.avi"), "wave.avi")
     (note,) = check_data.notes([facts])
-    assert note.endswith("hold less than their header promises: wave.avi (frames 74 to 74 of 75)")
+    assert note.endswith("contain less than their header says: wave.avi (frames 74 to 74 of 75)")
 
 
 def test_sound_with_a_cover_picture_is_no_video(clips, tmp_path, capsys):
@@ -294,3 +295,36 @@ def test_sound_with_a_cover_picture_is_no_video(clips, tmp_path, capsys):
     with pytest.raises(DecodeError, match="podcast.mp4: has no video, only a cover picture"):
         read_frames(str(path), np.arange)
     assert inspect_video(str(path), "x").error == "has no video, only a cover picture"
+
+
+class Guarded:
+    """A container or stream of PyAV that must not be used after the container was closed."""
+
+    def __init__(self, real, state):
+        self.real, self.state = real, state
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.real.close()
+        self.state["open"] = False
+
+    def __getattr__(self, name):
+        assert self.state["open"], f"{name} read after the file was closed"
+        value = getattr(self.real, name)
+        if not callable(value):
+            return value
+        return lambda *args, **words: value(*(getattr(a, "real", a) for a in args), **words)
+
+
+def test_a_file_is_not_read_after_it_was_closed(monkeypatch, tmp_path):
+    opened = manifest.open_video
+
+    def guarded(path, limit):
+        state = {"open": True}
+        return tuple(Guarded(part, state) for part in opened(path, limit))
+
+    monkeypatch.setattr(manifest, "open_video", guarded)
+    facts = inspect_video(write_numbered(tmp_path / "a.mp4", 10), "a.mp4")
+    assert facts.error is None and facts.frames == 10 and facts.vfr is False

@@ -198,7 +198,7 @@ def test_backbone_may_be_a_run_or_the_weights_file_of_a_native_folder(tmp_path):
 def test_a_folder_of_another_library_is_not_overwritten(tmp_path):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / CONFIG).write_text('{"model_type": "clip"}')
-    with pytest.raises(ValueError, match="output folder must be empty or hold a model"):
+    with pytest.raises(ValueError, match="output folder must be empty or contain a model"):
         build(small_config()).save_pretrained(tmp_path / "hf")
     assert (tmp_path / "hf" / CONFIG).read_text() == '{"model_type": "clip"}'
 

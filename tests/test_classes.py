@@ -209,7 +209,7 @@ def test_check_data_names_the_missing_and_the_unknown(place, tmp_path, capsys):
     assert cli.run(check_data.main, [*argv, "--out", str(tmp_path / "manifest.jsonl")]) == 1
     out = capsys.readouterr().out
     assert "problem     --val: 1 classes are not in the list: 'tennis'" in out
-    assert "problem     --val: 2 of 3 classes lack: 'archery', 'diving'" in out
+    assert "problem     --val: 2 of 3 classes are missing: 'archery', 'diving'" in out
     assert "classes     3 of 3 occur" in out
 
 

@@ -234,7 +234,7 @@ def test_without_the_drivers_part_for_video_pyav_decodes_and_it_is_told(monkeypa
     monkeypatch.setattr("zeroi2v.data.pipeline.capabilities", lambda device: ())
     samples = [Sample("v.mp4", 0, frames=8)]
     loader = ClipLoader(samples, config(), batch_size=1, device="cuda")
-    assert loader.decoder.startswith("PyAV, for cuda decodes no video")
+    assert loader.decoder.startswith("PyAV, as cuda decodes no video")
     with pytest.raises(ValueError, match="decoder 'dali' needs a GPU that decodes video: cuda"):
         ClipLoader(samples, config(), batch_size=1, device="cuda", decoder="dali")
 

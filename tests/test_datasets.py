@@ -107,7 +107,7 @@ def test_hmdb51_mistakes_are_named(tmp_path):
         read_list(f"{tmp_path}:train1")
     with pytest.raises(ValueError, match=r"is one class of an HMDB51 split: give .*:train1"):
         read_list(file)
-    with pytest.raises(ValueError, match="must hold files named <class>_test_split2.txt: got none"):
+    with pytest.raises(ValueError, match="must contain files named <class>_test_split2.txt: got"):
         read_list(f"{tmp_path}:train2")
     with pytest.raises(OSError, match="folder of HMDB51 splits not found: nowhere"):
         read_list("nowhere:test1")
@@ -242,7 +242,7 @@ def test_bad_frame_folders_are_named_with_the_reason(tmp_path):
     folder = images(tmp_path / "a", (1, 2, 4))
     assert "must have each image once: got 3 from 1 to 4" in reason(folder)
     images(folder, (3,))
-    assert "must hold the 3 frames after 2 that the list names: got 4 images" in reason(
+    assert "must contain the 3 frames after 2 that the list names: got 4 images" in reason(
         folder, span=(2, 3)
     )
     assert "is a folder without images x{}.jpg" in reason(folder, filename_tmpl="x{}.jpg")

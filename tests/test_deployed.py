@@ -121,7 +121,7 @@ def test_folder_gives_every_video_in_it_and_names_the_bad_one(place, capsys):
     assert captured.err == notes + "error: 1 of 4 files can't be decoded: see above\n"
     (place / "empty").mkdir()
     assert run(place / "merged", place / "empty") == 1
-    assert "folder must hold video files" in capsys.readouterr().err
+    assert "folder must contain video files" in capsys.readouterr().err
 
 
 def test_list_gives_its_files_with_or_without_labels(place, tmp_path, capsys):
@@ -191,7 +191,7 @@ def test_batch_run_writes_as_it_goes_and_resumes(place, tmp_path, capsys, monkey
     assert "contains results of weights" in capsys.readouterr().err
     out.write_text("other\n")
     assert run(*words) == 1 and out.read_text() == "other\n"
-    assert "contains other than results: line 1" in capsys.readouterr().err
+    assert "must contain only results: line 1" in capsys.readouterr().err
     assert run(place / "merged", place / "videos", "--out", tmp_path / "x.json") == 1
     assert "--out must be a .jsonl file" in capsys.readouterr().err
 
@@ -216,7 +216,7 @@ def test_pipe_is_read_to_its_end(place, capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out) == {"path": "-", "topk": expected}
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"")))
     assert run(place / "merged", "-") == 1
-    assert "standard input must hold a video" in capsys.readouterr().err
+    assert "standard input must contain a video" in capsys.readouterr().err
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"no video")))
     assert run(place / "merged", "-") == 1
     assert capsys.readouterr().out.startswith("can't be decoded: -:")

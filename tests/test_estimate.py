@@ -84,8 +84,8 @@ def test_dry_run_prints_config_counts_steps_memory_and_time(data, tmp_path, caps
     assert "head_offsets:" in output and "seed: 0" in output
     assert "parameters  4,740 trained, 50,240 frozen" in output
     assert "schedule    8 steps = 2 epochs x 4" in output
-    assert re.search(r"memory      \d+\.\d\d GB at most in a process; free for each", output)
-    assert re.search(r"are \d+\.\d of \d+\.\d GB \(measured; .* each of 2 clips", output)
+    assert re.search(r"memory      \d+\.\d\d GB at most in a process; each may use", output)
+    assert re.search(r"may use \d+\.\d of \d+\.\d GB \(measured; .* each of 2 clips", output)
     assert re.search(r"time        \d+\.\d\d s a step: .* an epoch, .* in all", output)
     assert "verdict     fits" in output
     assert not (tmp_path / "run").exists()

@@ -70,7 +70,7 @@ def test_hub_that_gives_nothing_is_one_clear_line(tmp_path, monkeypatch, capsys,
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     assert run(predict.main, ["owner/model", "video.mp4"]) == 1
     captured = capsys.readouterr().err
-    assert "owner/model is no folder here, and the hub gives none (" in captured
+    assert "owner/model is no folder here, and the hub can't give it (" in captured
     assert captured.count("\n") == 1
     assert run(predict.main, ["owner/model.onnx", "video.mp4"]) == 1  # a mistyped file
     assert "model not found: owner/model.onnx" in capsys.readouterr().err

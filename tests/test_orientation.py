@@ -173,7 +173,7 @@ def test_odd_angles_are_left_unturned_and_told(sources, tmp_path, capsys):
     (tmp_path / "list.txt").write_text(f"{path} 0\n")
     words = [str(tmp_path / "list.txt"), "--root", "/", "--out", str(tmp_path / "m.jsonl")]
     assert cli.run(check_data.main, words) == 0
-    assert f"note        1 videos ask to be turned by an odd angle, and are not: {path[1:]}" in (
+    assert f"note        1 videos have an odd rotation angle, which is ignored: {path[1:]}" in (
         capsys.readouterr().out
     )
 

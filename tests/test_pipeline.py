@@ -417,7 +417,7 @@ def test_bad_training_files_are_replaced_named_and_counted(bad_samples):
 
 def test_training_on_bad_files_alone_stops_with_the_reason(bad_samples):
     loader = ClipLoader([bad_samples[2]] * 2, config(), batch_size=2)
-    with pytest.raises(ValueError, match=r"samples must hold videos that decode: .*bad2\.mp4: "):
+    with pytest.raises(ValueError, match=r"samples must contain videos that decode: .*bad2\.mp4: "):
         list(loader.epoch())
 
 
@@ -456,7 +456,7 @@ def test_too_many_bad_files_stop_a_run_with_the_list():
     listed = r"(?s)0.01 of 199: got 2:\n  a.mp4: contains.*\n  b.mp4: is"
     with pytest.raises(ValueError, match=listed):
         check_bad_files(bad, total=199, max_bad_fraction=0.01)
-    with pytest.raises(ValueError, match="to go on without them, raise data.max_bad_fraction; .*"
+    with pytest.raises(ValueError, match="to continue without them, raise data.max_bad_fraction; .*"
                        "data.manifest"):  # fmt: skip
         check_bad_files(bad, total=199, max_bad_fraction=0.01)
 

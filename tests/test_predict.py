@@ -205,7 +205,7 @@ def test_a_file_of_other_bytes_is_left_alone(place, tmp_path, capsys):
     out = tmp_path / "all.jsonl"
     out.write_bytes(b"\xff\xfe\n")
     assert run([place / "named", place / "video 0.mp4", "--out", out]) == 1
-    assert "contains other than results: line 1" in capsys.readouterr().err
+    assert "must contain only results: line 1" in capsys.readouterr().err
     assert out.read_bytes() == b"\xff\xfe\n"
 
 

@@ -206,7 +206,7 @@ def test_a_stop_signal_is_handed_on_and_the_same_command_goes_on(config, tmp_pat
     assert process.wait() == 128 + signal.SIGTERM, "".join(lines)
     assert time.perf_counter() - sent < 60
     text = "".join(lines)
-    assert "run.resume" in text and "stopped in split1_seed0: the same command goes on" in text
+    assert "run.resume" in text and "stopped in split1_seed0: the same command continues" in text
     wait_for(lambda: not is_there(process.pid), 10)  # nobody is left behind
     steps = [s["step"] for s in read_log(tmp_path / "runs" / "split1_seed0") if "loss" in s]
     assert 4 <= len(steps) < 800

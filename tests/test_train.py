@@ -196,7 +196,7 @@ def test_signal_during_validation_stops_at_once_and_loses_nothing(go, monkeypatc
     monkeypatch.undo()
     assert stop.value.code == 128 + signal.SIGINT
     output = capsys.readouterr().out
-    assert "go on with the same command and run.resume=true" in output
+    assert "continue with the same command and run.resume=true" in output
     assert json.loads(output.splitlines()[-1])["steps"] == 4
     assert_same_run(whole, go("broken", "run.resume=true"))
 
@@ -386,7 +386,7 @@ def test_bad_input_is_one_error_line_before_work_starts(data, tmp_path, capsys, 
 
 def test_run_folder_is_neither_overwritten_nor_resumed_by_another_run(go, data, tmp_path):
     run_dir = go("run", "run.max_steps=1")
-    with pytest.raises(ValueError, match=r"run.dir must hold no run, unless run.resume is"):
+    with pytest.raises(ValueError, match=r"run.dir must contain no run, unless run.resume is"):
         go("run")
     way = f"to train on with other settings, begin a run with model.backbone={run_dir}/last"
     with pytest.raises(ValueError, match=rf"needs the config .*: got optim.lr: 0.01 -> 0.1; {way}"):
@@ -411,7 +411,7 @@ def test_run_folder_is_neither_overwritten_nor_resumed_by_another_run(go, data, 
     with pytest.raises(ValueError, match=r"as many processes as .*, 2: got 1"):
         go("run", "run.resume=true")
     write(record, json.dumps(json.loads(text) | {"trained": 1}))
-    with pytest.raises(ValueError, match=r"state must hold the weights it was saved with"):
+    with pytest.raises(ValueError, match=r"state must contain the weights it was saved with"):
         go("run", "run.resume=true")
 
 
@@ -419,7 +419,7 @@ def test_start_that_fails_before_its_first_step_leaves_no_run(go, data, tmp_path
     for i in range(4):
         write(tmp_path / f"bad{i}.mp4", "no video")
     bad = write(tmp_path / "bad.txt", "".join(f"{tmp_path}/bad{i}.mp4 {i}\n" for i in range(4)))
-    with pytest.raises(ValueError, match="samples must hold videos that decode"):
+    with pytest.raises(ValueError, match="samples must contain videos that decode"):
         go("run", f"data.train_list={bad}", "data.max_bad_fraction=1")
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
     run_dir = go("run", "run.max_steps=1", "data.val_list=null")

@@ -146,7 +146,7 @@ def test_vanished_videos_are_told_and_the_run_goes_on_when_they_are_back(data, w
             line = ends_in_one_line(ranks)
         finally:
             away.rename(data)
-    assert f"data.root must hold the videos: {data} is empty or gone" in line
+    assert f"data.root must contain the videos: {data} is empty or gone" in line
     goes_on(data, run_dir, whole)
 
 

@@ -209,5 +209,5 @@ def test_parts_of_one_bad_file_are_bad_each_with_its_reason(samples):
 def test_arguments_are_checked_before_any_work(samples, arguments, message):
     with pytest.raises(ValueError, match=message):
         ViewLoader(samples, config(), **(dict(batch_size=2) | arguments))
-    with pytest.raises(ValueError, match="samples must hold a video: got none"):
+    with pytest.raises(ValueError, match="samples must contain a video: got none"):
         ViewLoader([], config(), batch_size=2)

@@ -1,8 +1,8 @@
 """`python -m zeroi2v.check_data LIST --root DIR --out MANIFEST`: is a dataset fit to train on?
 
-Decodes every video in parallel and writes what it finds as JSON lines. Started again, it goes on
-where it was stopped and looks again only at what has changed. Names bad files, suspicious labels,
-and videos that stand twice in a list or in both the training and the validation list.
+Decodes every video in parallel and writes what it finds as JSON lines. A second run continues where
+the first one stopped, and checks again only what has changed. Names bad files, suspicious labels,
+and videos that occur twice in a list, or in both the training and the validation list.
 """
 
 from __future__ import annotations
@@ -44,10 +44,12 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("list", help="text list, CSV, folder per class or a dataset's own list")
     parser.add_argument("--root", help="folder the list's paths are relative to")
-    parser.add_argument("--out", required=True, help="manifest to write (JSON lines) or go on with")
-    parser.add_argument("--val", metavar="LIST", help="a second list, that must share no video")
+    parser.add_argument(
+        "--out", required=True, help="manifest to write (JSON lines), or to continue"
+    )
+    parser.add_argument("--val", metavar="LIST", help="a second list, which must not share a video")
     parser.add_argument("--val-root", help="folder of its paths (default: that of --root)")
-    parser.add_argument("--num-classes", type=int, help="classes there should be")
+    parser.add_argument("--num-classes", type=int, help="expected number of classes")
     parser.add_argument("--workers", type=int, help="processes (default: one for each core)")
     parser.add_argument("--timeout", type=float, default=60, help="seconds a video (default: 60)")
     args = parser.parse_args(argv)
@@ -93,14 +95,14 @@ def main(argv: list[str]) -> None:
 
 
 def scan(names: dict[str, str], out: Path, workers: int, timeout: float) -> dict[str, VideoFacts]:
-    """Facts of each path of `names` (path -> name in the manifest), from and into file `out`."""
+    """Facts of each path of `names` (path -> name in the manifest), kept in file `out`."""
     known = read_manifest(out) if out.exists() else {}
     rows = {}
     for path, name in names.items():
         if name in known and _is_unchanged(path, known[name]):
             rows[path] = known[name]
     out.parent.mkdir(parents=True, exist_ok=True)
-    # What is kept of an earlier scan comes first; a line that was cut short is gone by that.
+    # The lines of an earlier scan come first; this drops a line that was cut short.
     kept = known | {rows[path].path: rows[path] for path in rows}
     write_whole(out, "".join(map(manifest_line, kept.values())))
     todo = [(path, name, timeout) for path, name in names.items() if path not in rows]
@@ -122,7 +124,7 @@ def _is_unchanged(path: str, facts: VideoFacts) -> bool:
 
 
 def _inspect_all(todo: list[tuple], workers: int) -> Iterator[tuple[str, VideoFacts]]:
-    """Results in the order they are found. A file that kills its process is a bad one."""
+    """Results in the order they are found. A file that kills its process is bad."""
     rest = iter(todo)
     crashed: list[tuple] = []
     while True:
@@ -141,7 +143,7 @@ def _inspect_all(todo: list[tuple], workers: int) -> Iterator[tuple[str, VideoFa
                 crashed = list(running.values())
         if not running:
             return
-        for job in crashed:  # one of them did it: each has a process of its own now
+        for job in crashed:  # one of them did it: from now on each has its own process
             with _pool(1) as pool:
                 try:
                     facts = pool.submit(_inspect, inspect_video, job).result()
@@ -151,7 +153,7 @@ def _inspect_all(todo: list[tuple], workers: int) -> Iterator[tuple[str, VideoFa
 
 
 def _inspect(inspect: Callable[..., VideoFacts], job: tuple) -> VideoFacts:
-    """`inspect(*job)`; ends this process if it does not come back long after its time limit."""
+    """`inspect(*job)`; ends this process if that hangs long after its time limit."""
     signal.setitimer(signal.ITIMER_REAL, 2 * job[2])
     try:
         return inspect(*job)
@@ -166,7 +168,7 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 def label_problems(
     samples: list[Sample], num_classes: int, classes: tuple[str, ...] = ()
 ) -> list[str]:
-    """What looks wrong with the labels of a list, for so many classes with these names, if any."""
+    """Problems with the labels of a list, for that many classes with these names, if any."""
     counts = Counter(sample.label for sample in samples)
     high, problems = max(counts), []
     if high >= num_classes:
@@ -190,24 +192,26 @@ def name_problems(classes: tuple[str, ...], val_classes: tuple[str, ...]) -> lis
     if unknown:
         problems.append(f"--val: {len(unknown)} classes are not in the list: {some(unknown)}")
     if missing:
-        problems.append(f"--val: {len(missing)} of {len(classes)} classes lack: {some(missing)}")
+        problems.append(
+            f"--val: {len(missing)} of {len(classes)} classes are missing: {some(missing)}"
+        )
     return problems
 
 
 def notes(rows: Iterable[VideoFacts]) -> list[str]:
-    """What the videos that decode may not be expected to be."""
+    """Surprising properties of videos that decode."""
     good = [row for row in rows if row.error is None]
     kinds = {
-        "ask to be turned by an odd angle, and are not": [
+        "have an odd rotation angle, which is ignored": [
             row.path for row in good if row.orientation == "odd angle"
         ],
-        "have pixels that are not square, and are not stretched": [
+        "have pixels that are not square, which is ignored": [
             f"{row.path} ({row.pixel_aspect:g})"
             for row in good
             if row.pixel_aspect not in (None, 1)
         ],
-        "are HDR, and are read as if they were not": [row.path for row in good if row.hdr],
-        "hold less than their header promises": [
+        "are HDR, and are read as SDR": [row.path for row in good if row.hdr],
+        "contain less than their header says": [
             f"{row.path} ({short})" for row in good if (short := _shortness(row))
         ],
     }
@@ -215,7 +219,7 @@ def notes(rows: Iterable[VideoFacts]) -> list[str]:
 
 
 def _shortness(row: VideoFacts) -> str:
-    """What a video lacks of its promised frames, or of its promised length; empty if nothing."""
+    """The frames or the length that the header gives and the video lacks; empty if none."""
     if row.header_frames and row.frames < row.header_frames:
         return f"frames {row.frames} to {row.header_frames - 1} of {row.header_frames}"
     length = (row.last or 0) + 1 / (row.fps or 25)
@@ -225,7 +229,7 @@ def _shortness(row: VideoFacts) -> str:
 
 
 def part_problems(samples: list[Sample], rows: dict[str, VideoFacts]) -> list[str]:
-    """Parts of films that begin or end where the film is over."""
+    """Parts that begin or end after the end of their video."""
     late, long = [], []
     for sample in samples:
         row = rows[sample.path]
@@ -237,14 +241,14 @@ def part_problems(samples: list[Sample], rows: dict[str, VideoFacts]) -> list[st
         elif sample.end is not None and sample.end > end + 0.5 / (row.fps or 25):
             long.append(f"{sample.name}, {end:.3f} s long")
     return [
-        f"{len(names)} parts {what} the end of their film: {some(names)}"
+        f"{len(names)} parts {what} the end of their video: {some(names)}"
         for what, names in (("begin after", late), ("reach past", long))
         if names
     ]
 
 
 def duplicates(train: list[Sample], val: list[Sample], rows: dict[str, VideoFacts]) -> list[str]:
-    """What stands twice: by path and part within a list, by path or content between the lists."""
+    """Duplicates: by path and part within a list, by path or content between the lists."""
     problems = []
     for kind, samples in (("", train), ("--val: ", val)):
         parts: dict[tuple, set[int]] = defaultdict(set)
@@ -256,7 +260,7 @@ def duplicates(train: list[Sample], val: list[Sample], rows: dict[str, VideoFact
             parts[part].add(sample.label)
         several = [part[0] for part, labels in parts.items() if len(labels) > 1]
         if twice:
-            problems.append(f"{kind}{len(twice)} videos stand twice: {some(twice)}")
+            problems.append(f"{kind}{len(twice)} videos are listed twice: {some(twice)}")
         if several:
             problems.append(f"{kind}{len(several)} videos have several labels: {some(several)}")
     by_path: dict[str, list[Sample]] = defaultdict(list)

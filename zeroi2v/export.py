@@ -65,7 +65,7 @@ def export(
     dtype: torch.dtype | None = None,
     with_preprocess: bool = False,
 ) -> ExportReport | None:
-    """Writes `model` to `path`; the file is compared with the model before it takes its name.
+    """Writes `model` to `path`; the file is compared with the model before it gets that name.
 
     Args:
         model: merged or plain, on the CPU; left untouched.
@@ -196,7 +196,7 @@ class _OfClips(nn.Module):
         return self.model(video).float()
 
     def examples(self) -> list[Tensor]:
-        """Inputs to compare by: four clips."""
+        """Inputs for the comparison: four clips."""
         return [seeded_clips(self.model, 4)]
 
     def dynamic(self) -> dict[int, torch.export.Dim]:
@@ -286,7 +286,7 @@ def _write_clip(model: VideoViT, path: Path) -> None:
         torch.save(state, path)
         read = torch.load(path, weights_only=True)
     if read.keys() != state.keys() or any(not torch.equal(read[n], t) for n, t in state.items()):
-        raise ValueError(f"clip file not kept: it reads back other than it was written: {path}")
+        raise ValueError(f"clip file not kept: its tensors differ when read back: {path}")
 
 
 def _compare(model: VideoViT, file: _OfClips, written: nn.Module) -> ExportReport:
@@ -329,7 +329,7 @@ def main(argv: list[str]) -> None:
         report = verify(model, merged, seeded_clips(model))
         print(f"merged       {report}")
         if not report.passed:
-            raise ValueError(f"{source} not exported: merged, it is another model")
+            raise ValueError(f"{source} not exported: merging changed its outputs")
         model = merged
     report = export(model, args.format, path, DTYPES.get(args.dtype), args.with_preprocess)
     if report is None:

@@ -97,10 +97,10 @@ def predict_each(
 
 @contextmanager
 def as_graph(model: nn.Module, loader: ViewLoader) -> Iterator[None]:
-    """Inside, a `VideoViT` on a GPU runs as a CUDA graph if `loader` has batches enough for it.
+    """Within, a `VideoViT` on a GPU runs as a CUDA graph if `loader` has enough batches.
 
-    It is captured here, before anything is decoded, and serves all batches: the loader fills up the
-    last one. A model that was accelerated before keeps its graphs, another has none afterwards.
+    The graph is captured before anything is decoded and serves all batches, as the loader pads the
+    last one. Afterwards the model has the graphs that it had before.
     """
     if not isinstance(model, VideoViT) or loader.steps < RECURS:
         yield
@@ -130,7 +130,7 @@ def predict_views(
         loader: a `ViewLoader`; one epoch of it is read.
         device: where the model is; clips are moved there.
         dtype: of the clips given to the model; None takes that of the model's parameters.
-        progress: called after each batch with the number of videos it held.
+        progress: called after each batch with its number of videos.
     Returns:
         index int64 [n] (position in the loader's samples) and probs float32 [n, K], both on the
         CPU. Padding and videos that could not be decoded are left out; they still take part in
@@ -220,7 +220,7 @@ def choose_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def default_workers(device: torch.device) -> int:
-    """Decoding processes: most of the cores if a GPU does the rest."""
-    cores = usable_cores()
+def default_workers(device: torch.device, cores: int | None = None) -> int:
+    """Decoding processes on `cores`, by default all usable ones: most if a GPU does the rest."""
+    cores = usable_cores() if cores is None else cores
     return max(1, cores - 1) if device.type == "cuda" else cores // 4

@@ -39,7 +39,7 @@ from zeroi2v.storage.runtimes import load_deployed
 
 
 def read_paths(source: str, root: str | None) -> list[str]:
-    """The videos of a list (`read_videos`). Raises as that, and ValueError for parts of videos."""
+    """The videos of a list. Raises as `read_videos`, and ValueError for parts of videos."""
     samples = read_videos(source, root)
     for sample in samples:
         if sample.name != sample.path:
@@ -62,8 +62,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="videos at once (default: 8)")
     parser.add_argument("--topk", type=int, default=5, help="classes to name (default: 5)")
     parser.add_argument("--json", action="store_true", help="print one JSON line per video")
-    parser.add_argument("--out", help=".jsonl file to write as it goes, and to go on with")
-    parser.add_argument("--restart", action="store_true", help="begin the --out file anew")
+    parser.add_argument("--out", help=".jsonl file to write as it goes, or to continue")
+    parser.add_argument("--restart", action="store_true", help="start the --out file over")
     parser.add_argument("--timeline", metavar="FOLDER", help="classify windows; JSON and PNG there")
     parser.add_argument("--window", type=float, help="seconds of a window (default: of a clip)")
     parser.add_argument("--stride", type=float, help="seconds between windows (default: half)")
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
     if args.timeline is not None:
         check_writable(Path(args.timeline) / "x.json", "--timeline")
     if args.restart and not args.out:
-        raise ValueError("--restart needs the --out file to begin anew")
+        raise ValueError("--restart needs the --out file to start over")
     out = Results(args.out, args.restart) if args.out else None
     todo = [n for n in dict.fromkeys(names) if out is None or n not in out.done]
     failed = 0 if out is None else sum(not out.done[n] for n in set(names) & out.done.keys())
@@ -127,7 +127,7 @@ def main(argv: list[str]) -> None:
 
 
 def _settings(model: nn.Module, args) -> dict[str, Any]:
-    """What of the options decides the results."""
+    """The options that decide the results."""
     if args.timeline is None:
         return {"views": list(model.config.preprocess.test_views), "topk": args.topk}
     return {"views": [1, 1], "topk": args.topk, "window": args.window or "default",

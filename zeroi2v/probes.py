@@ -72,10 +72,10 @@ class Check(NamedTuple):
     group: str
     name: str
     status: str
-    """`ok`, `missing` (could be had), `broken` (there and wrong) or `absent` (no such part)."""
+    """`ok`, `missing` (can be installed), `broken` (there and wrong) or `absent` (no such part)."""
     detail: str
     fix: str = ""
-    """The command or the deed that mends it."""
+    """The command, or what else to do, to mend it."""
 
 
 def shared_memory() -> Iterator[Check]:
@@ -222,7 +222,7 @@ def probe_gpu() -> Iterator[Check]:
                 reason = "no device is visible (CUDA_VISIBLE_DEVICES?)"
             except Exception as error:
                 reason = str(error).splitlines()[0]
-            detail = f"driver {driver[1]} does not serve CUDA {torch.version.cuda}: {reason}"
+            detail = f"driver {driver[1]} does not support CUDA {torch.version.cuda}: {reason}"
             yield Check(
                 "GPU", "CUDA", "broken", detail, "a newer driver, or torch for an older CUDA"
             )
@@ -287,7 +287,7 @@ def probe_codec(codec: str) -> Iterator[Check]:
         decoder = av.CodecContext.create("libdav1d" if codec == "av1" else codec, "r")
     except av.codec.codec.UnknownCodecError:
         fix = "pip install --force-reinstall --only-binary av av"
-        yield Check("decoders", codec, "missing", "this FFmpeg has no decoder of it", fix)
+        yield Check("decoders", codec, "missing", "this FFmpeg has no decoder for it", fix)
         return
     packet = av.Packet(base64.b64decode(FRAMES[codec]))
     (frame,) = decoder.decode(packet) + decoder.decode(None)
@@ -318,7 +318,7 @@ def probe_dali() -> Iterator[Check]:
     found = np.array(pipeline.run()[0].at(0))
     wanted = (frames[:, :, ::-1].transpose(3, 0, 1, 2) - 1.0) / 2
     if np.allclose(found, wanted, atol=1e-5):
-        yield Check("data", "DALI", "ok", f"{__version__}, a CPU graph gives what it should")
+        yield Check("data", "DALI", "ok", f"{__version__}, a CPU graph gives the right pixels")
     else:
         yield Check("data", "DALI", "broken", "a CPU graph gives wrong pixels")
 

@@ -11,12 +11,11 @@ Source: AIM (arXiv 2302.03024), section 3; written anew.
 
 from __future__ import annotations
 
-import copy
-
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from bench.baselines.blocks import with_blocks
 from zeroi2v.model.vit import Block, VideoViT
 
 MLP_SCALE = 0.5
@@ -24,11 +23,7 @@ MLP_SCALE = 0.5
 
 def aim(image: VideoViT) -> VideoViT:
     """`image`, a model of zero offsets without adapters, with AIM's blocks. Shares its weights."""
-    model = copy.deepcopy(image, {id(p): p for p in image.parameters()})
-    with image.head.weight.device:
-        blocks = [AIMBlock(block, image.config.width) for block in model.transformer.resblocks]
-    model.transformer.resblocks = nn.ModuleList(blocks)
-    return model.to(image.head.weight.dtype).eval()
+    return with_blocks(image, lambda block: AIMBlock(block, image.config.width))
 
 
 class AIMBlock(nn.Module):

@@ -1,15 +1,15 @@
-"""A merged model run the way the released code runs it, on the same weights: a foil.
+"""A merged model run the way the released code runs it, on the same weights, for comparison.
 
 Tokens lie sequence first, `[N, B*T, C]`. In every block the keys and the values of *all* heads are
 copied, and the shifted heads' frames written over the copies; the last block computes all tokens,
 though CLS alone leaves it; and QuickGELU is three operations.
 
-Its attention function is gone from PyTorch. Where it stood, `fused=True` calls today's
-`scaled_dot_product_attention`, which is kind to it; `fused=False` computes softmax between two
-batched products, as it did. Its linear layers are multiplied as ours are, so that only the way
-of shifting and what goes with it is compared.
+PyTorch has removed its attention function. In its place, `fused=True` calls today's
+`scaled_dot_product_attention`, which is faster; `fused=False` computes softmax between two batched
+products, as the original did. Linear layers are multiplied as ours are, so that only the way of
+shifting is compared.
 
-The released class for merged models knows offsets of -1 and +1 alone; this one knows all.
+The released class for merged models supports only offsets of -1 and +1; this one supports all.
 
 Source: the code released with ZeroI2V (arXiv 2310.01324), described, not copied.
 """

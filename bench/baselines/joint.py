@@ -8,20 +8,16 @@ model 1; written anew.
 
 from __future__ import annotations
 
-import copy
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.baselines.blocks import with_blocks
 from zeroi2v.model.vit import Block, VideoViT
 
 
 def joint(image: VideoViT) -> VideoViT:
     """`image`, a model of zero offsets without adapters, with joint attention. Shares weights."""
-    model = copy.deepcopy(image, {id(p): p for p in image.parameters()})
-    blocks = (JointBlock(block) for block in model.transformer.resblocks)
-    model.transformer.resblocks = nn.ModuleList(blocks)
-    return model.eval()
+    return with_blocks(image, JointBlock)
 
 
 class JointBlock(nn.Module):

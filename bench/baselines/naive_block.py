@@ -1,4 +1,4 @@
-"""A block as the paper and CLIP write it, left to autograd: oracle of tests, foil of benches."""
+"""A block as the paper and CLIP write it, with autograd: oracle of tests, baseline of benches."""
 
 from __future__ import annotations
 

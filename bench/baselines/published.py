@@ -1,7 +1,7 @@
-"""Accuracies published for CLIP image ViTs adapted to video, with what they are said to cost.
+"""Published accuracies and costs of CLIP image ViTs adapted to video.
 
 Nothing here was measured by this project. ZeroI2V's case is cost, not the top accuracy: AIM and
-DiST reach more on the same backbone, and pay for it with every clip.
+DiST reach more on the same backbone, at a higher cost for each clip.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class Published(NamedTuple):
     backbone: str
     dataset: str
     frames: int | None
-    """Of a clip; None where our source does not say."""
+    """Frames of a clip; None if our source does not say."""
     top1: float
     """Accuracy in per cent."""
     gmacs: float | None

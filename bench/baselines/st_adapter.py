@@ -10,12 +10,11 @@ Source: ST-Adapter (arXiv 2206.13559), section 3.3; written anew.
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from bench.baselines.blocks import with_blocks
 from zeroi2v.model.vit import Block, VideoViT
 
 RANK = 384
@@ -23,13 +22,7 @@ RANK = 384
 
 def st_adapter(image: VideoViT) -> VideoViT:
     """`image`, a model of zero offsets without adapters, with ST-Adapters. Shares its weights."""
-    model = copy.deepcopy(image, {id(p): p for p in image.parameters()})
-    with image.head.weight.device:
-        blocks = [
-            STAdapterBlock(block, image.config.width) for block in model.transformer.resblocks
-        ]
-    model.transformer.resblocks = nn.ModuleList(blocks)
-    return model.to(image.head.weight.dtype).eval()
+    return with_blocks(image, lambda block: STAdapterBlock(block, image.config.width))
 
 
 class STAdapterBlock(nn.Module):

@@ -3,7 +3,7 @@
     out = act(x + bias)        quick_gelu: act(u) = u sigmoid(1.702 u)
                                gelu:       act(u) = u (1 + erf(u / sqrt 2)) / 2
 
-Written out in PyTorch QuickGELU reads and writes its operand seven times. The backward computes
+Written in PyTorch, QuickGELU reads and writes its operand seven times. The backward pass computes
 act'(x + bias) again from x. Arithmetic is in float32. Importing this module imports triton.
 
 Source: QuickGELU is CLIP's (arXiv 2103.00020, its released model.py).

@@ -4,16 +4,16 @@
     out = x + residual + scale * (mid WEIGHT + bias)                      [n, C]
 
 Forward: WEIGHT = U^T. Backward: x is the output's gradient, WEIGHT = D, without bias or residual.
-The way down, x D^T or x U, is cuBLAS's: one kernel for both ways took longer than two calls of it,
-as it holds the middle in registers and so has few rows in flight, to spare a sixth of the bytes.
+cuBLAS computes the way down, x D^T or x U. One kernel for both ways saved a sixth of the bytes but
+took longer: it keeps the middle in registers, so few rows are in flight.
 
 A program of `_up_kernel` keeps its columns of WEIGHT and goes down the rows; programs of the same
 rows run side by side, so that the middle comes from the cache. Each of these C / BLOCK_N programs
 would draw the mask anew. A pass of its own draws it once, over what is in the cache too.
 
 The mask is a pure function of seed, place, row and column (Philox with 7 rounds, whose four words
-decide on 8 columns), so that nothing is stored. Both kernels sum the rows of what biases' gradients
-are made of, in float32, by program: no atomics. Importing this module imports triton.
+decide on 8 columns), so that nothing is stored. Both kernels sum rows for the gradients of biases,
+in float32, by program: no atomics. Importing this module imports triton.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What each kernel should give, in float64, and how far rounding may take it from that.
+"""The true result of each kernel, in float64, and how far rounding may move it.
 
 Inputs are exact, so an error comes from three places, to first order and element by element:
 

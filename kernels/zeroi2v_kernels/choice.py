@@ -1,4 +1,4 @@
-"""What runs, by device, dtype and shape. Every such choice is made here, and nowhere else.
+"""What runs, by device, dtype and shape. Every such choice is made here.
 
     part                    CUDA with Triton         CPU                            otherwise
     attention               `triton` in half         `matmul` for bfloat16 if       `sdpa`
@@ -16,8 +16,8 @@
       `trains_by_block`
     adapters in training    merged into their layer where `merging_pays`, without dropout
 
-A backend named by the user goes before `choose_backend`; a kernel that fails its proof on a device
-gives way to PyTorch there (`proof.py`).
+A backend named by the user overrides `choose_backend`. PyTorch replaces a kernel that fails its
+proof on a device (`proof.py`).
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def choose_backend(x: Tensor) -> str:
 def matmul_pays(device: torch.device, dtype: torch.dtype, queries: int) -> bool:
     """True if backend `matmul` is faster than `sdpa`, for so many queries in a frame.
 
-    That is in bfloat16 on a CPU that multiplies it but has no tiles for it, since with those
-    PyTorch's attention is fast, for as many queries as are worth the calls.
+    That is the case in bfloat16 on a CPU with products of it but without tiles (with tiles
+    PyTorch's attention is fast), and for enough queries to be worth the calls.
     """
     return device.type == "cpu" and dtype == torch.bfloat16 and HAS_FAST_BF16 and queries >= 64
 

@@ -42,10 +42,9 @@ def on_device(x: Tensor) -> AbstractContextManager:
 
 
 def operator(name: str) -> Callable[[Callable], Callable]:
-    """`torch.library.custom_op`, left out for calls that nobody watches (`_is_watched`).
-
-    Its layers in Python take the host several times as long as the launch of a kernel does. The
-    operator itself is attribute `op` of the decorated function.
+    """`torch.library.custom_op`, bypassed for calls that nothing observes (`_is_watched`). Its
+    layers in Python cost the host several times as much as launching a kernel. The operator itself
+    is attribute `op` of the decorated function.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -62,7 +61,7 @@ def operator(name: str) -> Callable[[Callable], Callable]:
 
 
 def _is_watched(x: Tensor) -> bool:
-    """False if only the result matters: no gradient is wanted, and nobody follows."""
+    """False if only the result matters: no gradient is wanted and nothing observes the call."""
     return torch.is_grad_enabled() or is_followed(x)
 
 
@@ -92,10 +91,8 @@ def packed(x: Tensor | None) -> Tensor | None:
 
 
 def unwatched(operator: Callable) -> Callable:
-    """`operator` as it computes within an operator of PyTorch, which has done what is asked of it.
-
-    Without autocast, which would narrow float32 and widen softmax; and without autograd, so that
-    the operators that it calls need not be operators.
+    """`operator` as it computes within a PyTorch operator: without autocast, which would narrow
+    float32 and widen softmax, and without autograd, so that the operators it calls are bypassed.
     """
 
     @functools.wraps(operator)
@@ -103,6 +100,6 @@ def unwatched(operator: Callable) -> Callable:
         with torch.autocast(x.device.type, enabled=False), torch.no_grad():
             return operator(x, *args, **kwargs)
 
-    # as types, for whoever registers it: their names are not known in this module
+    # as types, for the registration: their names are not known in this module
     wide.__signature__ = inspect.signature(operator, eval_str=True)
     return wide

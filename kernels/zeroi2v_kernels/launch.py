@@ -1,4 +1,4 @@
-"""Launching a kernel again costs the host little: what it was compiled to is remembered."""
+"""Repeated launches of a kernel cost the host little: the compiled kernel is remembered."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import triton
 class Launcher:
     """A Triton kernel with its constants, for tensors of one kind on one device.
 
-    Triton's own launch looks at every argument anew, to see for what to compile. Whoever calls this
-    sees to it that those properties never differ: device, dtypes, which tensors are None, starts at
-    multiples of 16 bytes (`device.packed`), and integers, but for those that the kernel does not
-    specialise on. Constants come last in the kernel's signature.
+    Triton's own launch inspects every argument each time, to find what to compile. Here the caller
+    must keep those properties constant: device, dtypes, which tensors are None, starts at multiples
+    of 16 bytes (`device.packed`), and integers, except those that the kernel does not specialise
+    on. Constants come last in the kernel's signature.
     """
 
     def __init__(self, kernel: triton.JITFunction, constants: dict[str, Any], **options: int):

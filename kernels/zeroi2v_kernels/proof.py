@@ -6,8 +6,8 @@ memory full of NaN. Every element must be within what rounding explains (`bounds
 runs must agree bit for bit. The verdict is kept in `$XDG_CACHE_HOME/zeroi2v/proofs` (`~/.cache`
 without it), for these sources, this device and this compiler.
 
-A configuration that fails is never used. Where it was asked for by name that is an error, elsewhere
-PyTorch computes in its place, with one warning.
+A configuration that fails is never used. If the user asked for it by name, that is an error;
+otherwise PyTorch computes in its place, with one warning.
 
 Triton's interpreter compiles nothing, so there nothing is proven, unless `INTERPRETED` is set.
 """
@@ -39,7 +39,7 @@ _LOCK = threading.Lock()  # autograd runs backward in threads of its own
 
 
 class Verdict(NamedTuple):
-    """What the proof of one kernel configuration said."""
+    """The result of proving one kernel configuration."""
 
     name: str
     """Kernel and configuration, such as "stdha backward_fused D=64 N=50 bf16"."""
@@ -56,13 +56,13 @@ class Trial(NamedTuple):
     outputs: list[Tensor]
     """Of the shapes and dtypes that `run` writes; their values do not matter."""
     run: Callable[..., None]
-    """Has the kernels write all of the outputs, which are its arguments."""
+    """Runs the kernels, which write all of the outputs, its arguments."""
     truths: list[Bounded]
     """What each output should be, and the error allowed."""
 
 
 class Configuration(NamedTuple):
-    """All that determines what a kernel is compiled to, beside sources, compiler and device."""
+    """All that determines a compiled kernel, apart from sources, compiler and device."""
 
     name: str
     settings: tuple[Hashable, ...]
@@ -117,8 +117,8 @@ def trusted(
 def prove(configuration: Configuration, device: torch.device, fresh: bool = False) -> Verdict:
     """The verdict on a configuration, from the cache or by running it.
 
-    A kernel that breaks the device (an illegal address) raises RuntimeError, as everything after
-    it would; what it did is kept, so that the next process does not try it.
+    A kernel that breaks the device (an illegal address) raises RuntimeError, as everything after it
+    would; the verdict is kept, so that the next process does not try it.
     """
     path = _path(configuration, device)
     kept = None if fresh else _read(path)

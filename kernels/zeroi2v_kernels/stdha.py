@@ -9,8 +9,9 @@ while queries stay where they are; a head of offset 0 is an ordinary spatial hea
     out[t, n, h] = sum_m softmax_m(scale * <query[t, n, h], key[s, m, h]>) value[s, m, h]
 
 Layout: packed `qkv [B, T, N, 3, H, D]`, as one linear layer produces it, so that nothing is
-rearranged before attention. Because edge frames fall back to themselves the frame gather is no
-permutation: its adjoint, used in the backward, sums the zero, one or two frames that read a frame.
+rearranged before attention. Edge frames fall back to themselves, so the frame gather is no
+permutation: its adjoint, used in the backward pass, sums over the zero, one or two frames that read
+a frame.
 
 On a GPU the Triton kernels of `stdha_triton.py` read the shifted keys and values where they lie.
 On the CPU PyTorch's attention is called once over all heads, after moving the keys and values of
@@ -77,11 +78,11 @@ def stdha(
             `num_frames`, `[B*T, N, 3, H, D]`, as an image model has them.
         head_offsets: H ints, in frames.
         scale: positive factor on the scores; `D ** -0.5` by default.
-        backend: what computes it, and nothing else will; None takes that of `choose_backend`.
+        backend: what computes it, without fallback; None takes that of `choose_backend`.
             `triton`: the kernels of this package; float32, bfloat16 or float16, D 16, 32, 64 or
-            128, on a CUDA device or in Triton's interpreter. A view whose rows do not start at
-            multiples of 16 elements is copied first. Proven before it is used (`proof.py`); by
-            name a kernel that is wrong is an error, chosen by None it gives way to `matmul`.
+                128, on a CUDA device or in Triton's interpreter. A view whose rows do not start at
+                multiples of 16 elements is copied first. Proven before it is used (`proof.py`): a
+                wrong kernel is an error if named, and is replaced by `matmul` if chosen by None.
             `flash`: flash-attn 2, 3 or 4, one call per group of heads; half precision, CUDA.
             `matmul`: matrix products, one frame at a time.
             `sdpa`: PyTorch's fused attention, after moving the keys of the shifted heads.

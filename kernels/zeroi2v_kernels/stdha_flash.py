@@ -1,4 +1,4 @@
-"""Head-shifted attention by attention that knows no shifts, such as flash-attn's.
+"""Head-shifted attention by calls of plain attention, such as flash-attn's.
 
 Neighbouring heads of one offset form a group; a group is one call, on views alone. Frames of all
 clips lie one after another, so keys `offset` frames on are a slice of them: query frames

@@ -1,13 +1,13 @@
 """Head-shifted attention by matrix products, one frame at a time: backend `matmul`.
 
-What the heads of a frame read is gathered from where it lies, which is all that a shift costs; what
-they give back is added there. In between are batched matrix products with a softmax, whose scores
-of one frame stay in the processor's cache. Sums are of float32; scores have the dtype of the input.
+Keys and values are gathered from the frame that each head reads, and gradients are added there; a
+shift costs no more. In between are batched matrix products with a softmax, whose scores of one
+frame stay in the processor's cache. Sums are of float32; scores have the dtype of the input.
 
 In half precision a rounded score of 20 is off by up to 1/16, and so is the weight that follows. So
-the product is taken once more, minus the rounded scores, which leaves what rounding took; times the
-softmax's derivative it corrects the weights to first order. Outputs are then as exact as those of
-attention that keeps its scores in float32. Backward computes the weights again.
+the product is taken once more, minus the rounded scores; this rounding error times the softmax's
+derivative corrects the weights to first order. Outputs are then as exact as those of attention that
+keeps its scores in float32. Backward computes the weights again.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """Lists of labelled videos; the kind of a list is recognised by its content.
 
-text      `path label` on each line; the label is the last field, so a path may hold spaces, or what
-          follows the last tab, if there is one. A line that begins with "# " is a comment
+text      `path label` on each line; the label is the last field, so a path may contain spaces, or
+          what follows the last tab, if there is one. A line that begins with "# " is a comment
 frames    `folder total label` or `folder offset total label`: videos kept as folders of images
 CSV       a header line with `path,label` and optionally `start,end` in seconds
 folder    `<class name>/<video file or folder of images>`
 official  the lists that UCF101, HMDB51 and Something-Something V2 come with (`official.py`)
 
 A label is a class's number, from 0, or its name; a list has one kind. Names are looked up among the
-classes that are known already, as those of a model are; where none are, their order numbers them.
+known classes, such as those of a model; if none are known, the names are numbered in order.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class Sample:
     end: float | None = None
     """End of the labelled part (exclusive), in seconds; None for the end of the video."""
     span: tuple[int, int] | None = None
-    """Of a folder of images: frames to leave out at the beginning, frames to use; None for all."""
+    """For a folder of images: frames to leave out at the beginning, frames to use; None for all."""
     filename_tmpl: str | None = None
-    """Of a folder of images: their names, such as `img_{:05}.jpg`; None to find out."""
+    """For a folder of images: their names, such as `img_{:05}.jpg`; None to find out."""
     frames: int | None = None
-    """Frames that decoding the whole file gives, where a manifest says so; None to find out."""
+    """Frames in the decoded file, as a manifest says; None to find out."""
 
     @property
     def name(self) -> str:
@@ -101,7 +101,7 @@ def read_list(
 
 
 def class_names(source: str | os.PathLike) -> tuple[str, ...]:
-    """Names of the classes of a list in order of their numbers; empty if it numbers them itself.
+    """Names of the classes of a list in order of their numbers; empty if it has numbers.
 
     Raises as `read_list` does.
     """
@@ -109,7 +109,7 @@ def class_names(source: str | os.PathLike) -> tuple[str, ...]:
 
 
 def read_videos(source: str | os.PathLike, root: str | os.PathLike | None = None) -> list[Sample]:
-    """The videos of a list, whose labels, if it has any, do not matter: they come back as 0.
+    """The videos of a list. Its labels, if it has any, are ignored: all come back as 0.
 
     Reads what `read_list` does, and text lists with lines that are paths alone. Raises as
     `read_list`.
@@ -278,7 +278,7 @@ def _read_csv(source: Path, root) -> Entries:
 def _read_folder(source: Path) -> tuple[list[Sample], dict[str, str]]:
     folders = class_folders(source)
     if not folders:
-        raise ValueError(f"list {source} must hold one folder per class: got none")
+        raise ValueError(f"list {source} must contain one folder per class: got none")
     samples = []
     for label, folder in enumerate(folders):
         videos = sorted(
@@ -287,7 +287,7 @@ def _read_folder(source: Path) -> tuple[list[Sample], dict[str, str]]:
             if is_video(entry) or (entry.is_dir() and entry.name[0] != ".")
         )
         if not videos:
-            raise ValueError(f"class folder {folder} must hold a video: got none")
+            raise ValueError(f"class folder {folder} must contain a video: got none")
         samples += [Sample(video, label) for video in videos]
     return samples, {plain_name(folder.name): str(folder) for folder in folders}
 

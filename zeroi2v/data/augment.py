@@ -1,7 +1,7 @@
-"""Random changes to a training clip: their settings, and the draws from which the graph works.
+"""Augmentation of training clips: its settings, and the random draws that the graph applies.
 
-Everything is drawn from the NumPy generator that is given, as numbers; one draw serves all frames
-of a clip. Imports neither torch nor DALI: decoding workers use it.
+All randomness comes from the given NumPy generator; one draw serves all frames of a clip. Imports
+neither torch nor DALI: decoding workers use it.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ class AugmentConfig:
     erasing: float = 0.0
     """Probability of covering one rectangle of a clip with mid grey."""
     mixup: float = 0.0
-    """Blends each two clips of a batch, with shares from Beta(mixup, mixup); 0 for never."""
+    """Blends pairs of clips of a batch, with shares from Beta(mixup, mixup); 0 for never."""
     cutmix: float = 0.0
-    """Swaps a rectangle of them, of a share from Beta(cutmix, cutmix); 0 for never. With both, a
-    fair coin decides for each two clips."""
+    """Swaps a rectangle between them, its share from Beta(cutmix, cutmix); 0 for never. With both
+    set, a fair coin decides for each pair."""
 
     def __post_init__(self):
         def require(condition, name, rule):

@@ -1,4 +1,4 @@
-"""How many frames a packet shows, of codecs that hide frames, which are for reference alone.
+"""How many frames a packet shows, for codecs with hidden frames, which only serve as references.
 
 Usually a hidden frame shares the packet of one that is shown. Some writers give it a packet and a
 time stamp of its own: then packets are not frames, as only the bitstream shows.
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 
 def shown_frames(codec: str, data: bytes) -> int | None:
-    """Frames that a packet of VP9 or AV1 shows; None if it can't be told, as of other codecs."""
+    """Frames that a packet of VP9 or AV1 shows; None if unknown, as for other codecs."""
     try:
         if codec == "vp9":
             return sum(map(_vp9_shows, _vp9_frames(data)))

@@ -1,7 +1,7 @@
 """The classes of a dataset: their numbers and names, how often they occur, what looks wrong.
 
-A class has one number everywhere, that of the model. Where names are known they decide: a list's
-classes are looked up among the model's by name, never by their place.
+A class has the same number everywhere, the model's. If names are known, a list's classes are
+matched with the model's by name, never by position.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def read_labels(path: str | os.PathLike) -> tuple[str, ...]:
 
 
 def plain_name(text: str) -> str:
-    """A class name without space around it, its accents composed, as they may not be in files."""
+    """A class name without surrounding space, its accents composed, which files may not do."""
     return unicodedata.normalize("NFC", text.strip())
 
 

@@ -2,7 +2,7 @@
 
 All randomness of a clip is drawn here, from NumPy generators seeded by (seed, epoch, position in
 the list), and handed on as numbers; what follows in the pipeline is deterministic. So a clip does
-not depend on who decodes it or when, and a run continues from any step without saved state.
+not depend on the process that decodes it, and a run continues from any step without saved state.
 Imports neither torch nor DALI: workers start fast.
 """
 
@@ -32,15 +32,13 @@ PREFETCH = 2
 """Micro-batches made ahead by the workers, and again by the graph."""
 _MAX_REPLACEMENTS = 50
 _ALARM = 2
-"""Time limits after which a decoding process that does not come back is ended."""
+"""Time limits after which a decoding process that hangs is ended."""
 
 
 class FrameReader:
-    """Decodes the frames of clips; in a process of its own, it does not outlive the parent.
-
-    `clips` are taken of a video. A video that takes longer than `timeout` seconds to decode cannot
-    be decoded. `cache` is a folder that keeps whole decoded videos. `fatal` has files that kill the
-    process that decodes them, with the reasons.
+    """Decodes the frames of clips. In a process of its own, it ends with the parent. `clips` is the
+    number of clips of a video. Decoding fails after `timeout` seconds. `cache` is a folder that
+    keeps whole decoded videos. `fatal` maps files that kill the decoding process to the reasons.
     """
 
     def __init__(
@@ -73,7 +71,7 @@ class FrameReader:
     ) -> np.ndarray | Cut:
         """Frames uint8 [clips * T, H, W, 3], drawn at random if there is a `key`.
 
-        With a `cutter`, what it leaves to DALI's decoder is a cut. Raises DecodeError.
+        With a `cutter`, a video that DALI's decoder takes comes as a cut. Raises DecodeError.
         """
         process, num_frames = self.config.preprocess, self.config.num_frames
 
@@ -91,7 +89,7 @@ class FrameReader:
         limited = self._is_worker and self.timeout is not None and hasattr(signal, "setitimer")
         if not limited:
             return read_sample(sample, choose, self.timeout, self.cache, cutter)
-        # Who hangs within FFmpeg sees no time limit: the alarm ends this process.
+        # Code that hangs within FFmpeg sees no time limit: the alarm ends this process.
         signal.setitimer(signal.ITIMER_REAL, _ALARM * self.timeout)
         try:
             return read_sample(sample, choose, self.timeout, self.cache, cutter)
@@ -114,17 +112,17 @@ class ClipPlan:
     timeout: float | None
     cache: str | None
     cutter: Cutter | None = None
-    """What leaves frames to DALI's decoder; None: PyAV decodes all."""
+    """Chooses what DALI's decoder decodes; None: PyAV decodes everything."""
     cut_unknown: bool = False
-    """Whether it takes videos, too, that no manifest knows to be whole."""
+    """Whether it also takes videos that no manifest knows to be whole."""
     fatal: dict[str, str] = field(default_factory=dict)
-    """Files that kill who decodes them, with the reasons."""
+    """Files that kill the decoding process, with the reasons."""
 
     @property
     def arrays(self) -> dict[str, type]:
         """Name and element type of each array that makes a clip, in the order of the graph's input.
 
-        Shapes, and what they hold:
+        Shapes and contents:
 
             report    [bytes]         JSON: index, label, is_cut, bad (name of a sample -> reason)
             geometry  [2, 2]          the size to resize to, and the corner (top, left) of the crop
@@ -165,11 +163,11 @@ class ClipPlan:
 
     @property
     def clip_bytes(self) -> int:
-        """Shared memory for a clip, as a video of 344 x 256 has it."""
+        """Shared memory that a clip of a 344 x 256 video takes."""
         return self.config.num_frames * 256 * 344 * 3
 
     def shared_bytes(self, workers: int) -> int:
-        """What DALI takes of /dev/shm before its first batch, for so many workers."""
+        """Bytes of /dev/shm that DALI takes before its first batch, for that many workers."""
         at_once = math.ceil(self.batch_size / workers)
         return 2 * PREFETCH * workers * max(2**20, at_once * self.clip_bytes)
 
@@ -207,7 +205,7 @@ class ClipSource(FrameReader):
         return self._order[1]
 
     def _clip(self, epoch: int, index: int) -> tuple[np.ndarray, ...]:
-        """The clip of sample `index`, or of the first other one drawn that can be decoded."""
+        """The clip of sample `index`, or of the first replacement that can be decoded."""
         plan, bad = self.plan, {}
         for attempt in range(_MAX_REPLACEMENTS):
             key = (plan.seed, epoch, 1 + index)

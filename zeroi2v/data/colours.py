@@ -1,8 +1,8 @@
-"""A frame is the same frame whichever decoder gives it: what a decoder makes of Y'CbCr, corrected.
+"""Corrects decoders that ignore a file's colour tags, so that all of them give the same frames.
 
-A file's tags say by which matrix, and in which range, its Y'CbCr became of RGB. FFmpeg follows them
-(untagged is BT.601, limited range), other decoders do not. Two matrices of one range differ by a
-3 x 3 matrix on RGB, up to rounding, and to the clipping of colours outside of the cube.
+A file's tags say by which matrix, and in which range, its Y'CbCr was made from RGB. FFmpeg follows
+them (untagged is BT.601, limited range), other decoders do not. Two matrices of one range differ by
+a 3 x 3 matrix on RGB, up to rounding, and to the clipping of colours outside of the cube.
 
 Source: ITU-R BT.601, BT.709 and BT.2020, and H.273 for the tags.
 """
@@ -46,7 +46,7 @@ def matrix_of(tag: int) -> Matrix | None:
 
 
 def to_rgb(matrix: Matrix) -> np.ndarray:
-    """What takes (Y', Cb, Cr) of full range, chroma around 0, to R'G'B': float64 [3, 3]."""
+    """The matrix from (Y', Cb, Cr), full range, chroma around 0, to R'G'B': float64 [3, 3]."""
     red, blue = _WEIGHTS[matrix]
     green = 1 - red - blue
     return np.array(
@@ -59,7 +59,7 @@ def to_rgb(matrix: Matrix) -> np.ndarray:
 
 
 def correction(decoded: Matrix, wanted: Matrix) -> np.ndarray:
-    """What takes RGB that was decoded by one matrix to that of another: float32 [3, 3]."""
+    """Turns RGB decoded by one matrix into that of another: float32 [3, 3]."""
     if decoded == wanted:
         return np.eye(3, dtype=np.float32)
     return (to_rgb(wanted) @ np.linalg.inv(to_rgb(decoded))).astype(np.float32)

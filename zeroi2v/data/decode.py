@@ -1,7 +1,7 @@
 """Exact frames of a video file, by PyAV on one thread.
 
-Frame i is the i-th frame that a decode of the whole file gives (of the stream FFmpeg holds for
-the best), turned upright. Two ways lead there:
+Frame i is the i-th frame that a decode of the whole file gives (of the stream that FFmpeg ranks
+first), turned upright. Two ways lead there:
 
 in order   Decode everything and count. Always right, and cheap for small or old codecs.
 by seek    Read all packets without decoding; frame i is the one with the i-th smallest time
@@ -136,7 +136,7 @@ def _window(times: np.ndarray, start: float | None, end: float | None) -> tuple[
 
 
 def _nearest(times: np.ndarray, start: float | None, end: float | None) -> str:
-    """What is around a part without a frame."""
+    """Describes what is around a part without a frame."""
     before, after = times[times < (start or 0)], times[times >= (end or 0)]
     if not len(after):
         return f"its last one is at {times[-1]:.3f} s"
@@ -178,7 +178,7 @@ def _decode_by_seek(container, stream, index: Index, wanted: np.ndarray, limit: 
 
 
 def _decode_run(container, stream, index: Index, key: int, last: int, wanted) -> Iterator:
-    """Frames of packets `key`..`last`, without those nobody wants or refers to."""
+    """Frames of packets `key`..`last`, without frames that are neither wanted nor referred to."""
     codec = stream.codec_context
     can_skip = codec.codec.canonical_name == "h264"
     for packet in packets_between(container, stream, index, key, last):
@@ -195,10 +195,10 @@ def _decode_run(container, stream, index: Index, key: int, last: int, wanted) ->
 def _decode_in_order(
     path, index: Index, known: int | None, choose, start, end, limit: Limit
 ) -> np.ndarray:
-    """Decodes up to the last wanted frame if the number of all is `known`, else all, and counts.
+    """Decodes up to the last wanted frame if the total is `known`, else everything, and counts.
 
-    When a frame is shown is its own time stamp's to say. The index guesses that from the packets;
-    where it was wrong, all is decoded a second time.
+    A frame's own time stamp says when it is shown. The index guesses this from the packets; if the
+    guess is wrong, everything is decoded a second time.
     """
     is_part = start is not None or end is not None
     times = index.times

@@ -1,4 +1,4 @@
-"""Which file killed a decoding process: a crash of the decoder, or one that never comes back."""
+"""Finds the file that killed a decoding process, by a crash of the decoder or by hanging."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from zeroi2v.data.clip_worker import FrameReader
 
 
 def find_fatal_files(source: FrameReader, tasks: Iterable[Any]) -> dict[str, str]:
-    """Has `source` called with each task, in a process of its own, until that survives them all.
+    """Calls `source` with each task in another process, until that survives them all.
 
-    Returns path -> reason of each file at which it died, which `source.fatal` holds as well.
+    Returns path -> reason of each file that killed it, which `source.fatal` gets as well.
     """
     fatal: dict[str, str] = {}
     spawn = multiprocessing.get_context("spawn")

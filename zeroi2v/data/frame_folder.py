@@ -37,7 +37,7 @@ def read_frame_folder(
         offset, total = (0, len(names)) if span is None else span
         if offset + total > len(names):
             raise DecodeError(
-                f"must hold the {total} frames after {offset} that the list names: "
+                f"must contain the {total} frames after {offset} that the list names: "
                 f"got {len(names)} images"
             )
         indices = np.asarray(choose(total))

@@ -6,8 +6,8 @@ each, into a small MP4 in memory, without decoding them, and says which frames o
 
 Only what is sure to give the same frames there is cut: codecs and sizes that the decoder has, 8-bit
 4:2:0, colours that are known to come out right or can be put right (`colours.py`), closed groups of
-pictures, no rotation and no interlaced fields. The first picture is decoded as a check, for headers
-tell neither rotation nor the true size. Everything else is PyAV's.
+pictures, no rotation and no interlaced fields. The first picture is decoded as a check, because
+headers give neither the rotation nor the true size. PyAV decodes everything else.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Cut:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cutter:
-    """Which videos a decoder takes; called, it makes the `Cut` of one."""
+    """Which videos a decoder takes. Calling it makes the `Cut` of a video."""
 
     capabilities: tuple[Capability, ...]
     """The streams that it decodes."""
@@ -94,15 +94,15 @@ class Cutter:
 
 
 # Not MPEG-4, which NVDEC could: packets of its AVI files are not frames, so that only decoding the
-# whole file shows which frame is which. Nor VP8, whose packets may hold hidden frames.
+# whole file shows which frame is which. Nor VP8, whose packets may contain hidden frames.
 _NVDEC_CODECS = ("h264", "hevc", "av1", "vp9")
 
 
 def nvdec(capabilities: tuple[Capability, ...]) -> Cutter:
     """What DALI leaves to the hardware of a GPU that has these (`nvdec.capabilities`).
 
-    DALI 2.4 makes RGB by BT.601, whatever the tag. Full range it knows by the bitstream alone, not
-    by the container, so that is PyAV's.
+    DALI 2.4 makes RGB by BT.601, whatever the tag. It knows full range only from the bitstream, not
+    from the container, so that PyAV decodes it.
     """
     return Cutter(
         capabilities=tuple(c for c in capabilities if c.codec in _NVDEC_CODECS),
@@ -110,8 +110,8 @@ def nvdec(capabilities: tuple[Capability, ...]) -> Cutter:
     )
 
 
-# Without a GPU DALI decodes by FFmpeg, of which it carries only these (and VP8). It heeds the range
-# and no matrix (DALI 2.4, all of them tried).
+# Without a GPU DALI decodes by FFmpeg, of which it carries only these (and VP8). It follows the
+# range but no matrix (all tried in DALI 2.4).
 DALI_CPU = Cutter(
     capabilities=tuple(Capability(codec, "4:2:0", 8, 4096, 4096) for codec in ("vp9", "mjpeg")),
     matrices={(tag, full): "bt601" for tag in MATRIX_TAGS for full in (False, True)},

@@ -1,6 +1,5 @@
-"""Video that is no file yet: from a pipe or a camera, kept in a temporary file.
-
-So a pipe or a camera is read by the same decoder as everything else.
+"""Video from a pipe or a camera, stored in a temporary file, so that the same decoder reads
+everything.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ def as_file(name: str, seconds: float) -> Iterator[str]:
             with open(path, "wb") as file:
                 shutil.copyfileobj(sys.stdin.buffer, file)
             if not path.stat().st_size:
-                raise ValueError("standard input must hold a video: got nothing")
+                raise ValueError("standard input must contain a video: got nothing")
         yield str(path)
 
 

@@ -1,8 +1,8 @@
-"""What is known of each video of a dataset, found by decoding all of it: JSON lines, one a video.
+"""Facts about each video of a dataset, found by decoding it: JSON lines, one for each video.
 
 `zeroi2v.check_data` writes a manifest; training leaves out the videos that it knows to be bad, and
-takes its word for how many frames the others have.
-Imports neither torch nor DALI: `inspect_video` runs in processes of its own.
+uses its frame counts of the others. Imports neither torch nor DALI: `inspect_video` runs in
+processes of its own.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class VideoFacts:
 def inspect_video(path: str, name: str, timeout: float | None = None) -> VideoFacts:
     """Decodes all of the video at `path` and describes it; it is called `name` there.
 
-    Never raises for what the file is: `error` says what is wrong.
+    Never raises for a bad file: `error` says what is wrong.
     """
     facts = VideoFacts(name)
     try:
@@ -131,14 +131,15 @@ def _inspect_file(path: str, facts: VideoFacts, limit: Limit) -> None:
         except av.FFmpegError as error:
             reason = f"damaged after frame {facts.frames}: {error.strerror}"
             raise DecodeError(reason) from None
+        time_base = float(stream.time_base)  # gone with the container
     if not facts.frames:
         raise DecodeError("contains no frame")
     if facts.header_frames == len(index.pts) == fields:
         facts.header_frames = facts.frames  # packets of one field each, all of them there
-    times = times_of(stamps, float(stream.time_base), index)
+    times = times_of(stamps, time_base, index)
     facts.last, gaps = round(float(times[-1]), 3), np.diff(times)
     if None not in stamps and len(gaps):
-        facts.vfr = bool(np.ptp(gaps) > max(2.5 * stream.time_base, 0.02 * np.median(gaps)))
+        facts.vfr = bool(np.ptp(gaps) > max(2.5 * time_base, 0.02 * np.median(gaps)))
 
 
 def _has_leading_frames(pts: list[int], is_key: list[bool]) -> bool:

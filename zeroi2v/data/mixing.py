@@ -1,4 +1,4 @@
-"""Mixup and cutmix: each two clips that follow each other in a batch become two mixtures of both.
+"""Mixup and cutmix: each pair of neighbouring clips in a batch becomes two mixtures.
 
 Mixup (arXiv 1710.09412) blends them, cutmix (arXiv 1905.04899) swaps a rectangle, the same in all
 frames; their classes are mixed in the same shares. A pair's draw comes from (seed, epoch, place

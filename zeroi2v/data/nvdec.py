@@ -1,4 +1,4 @@
-"""What a GPU's video decoder (NVDEC) decodes: asked of the driver once, before anything is cut."""
+"""What a GPU's video decoder (NVDEC) can decode; the driver is asked once, before any cut."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 import functools
 from typing import TYPE_CHECKING, NamedTuple
 
-if TYPE_CHECKING:  # workers, who unpickle a `Capability`, do without torch
+if TYPE_CHECKING:  # workers unpickle a `Capability` without torch
     import torch
 
 # FFmpeg's names of the codecs, and NVIDIA's numbers (cuviddec.h of the Video Codec SDK).

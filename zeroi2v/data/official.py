@@ -96,7 +96,9 @@ def _read_hmdb51(folder: Path, part: str, split: str) -> Entries:
         if match and match["split"] == split:
             files[match["name"]] = file
     if not files:
-        raise ValueError(f"{folder} must hold files named <class>_test_split{split}.txt: got none")
+        raise ValueError(
+            f"{folder} must contain files named <class>_test_split{split}.txt: got none"
+        )
     names = tuple(sorted(files))
     wanted, entries = {"train": "1", "test": "2"}[part], []
     for label, name in enumerate(names):

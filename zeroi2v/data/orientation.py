@@ -1,8 +1,8 @@
-"""How a video asks to be turned: one of the eight ways to lay an upright picture, or no such way.
+"""The orientation of a video: one of the eight upright ones, or none of them.
 
 The display matrix comes from the container, which has it for every frame, or from the stream (SEI),
-which has it at keyframes, or only at the first. There a keyframe's holds until the next one, and
-the first one's for all groups of pictures that bring none: so each frame has the same orientation
+which has it at keyframes, or only at the first. A keyframe's matrix applies until the next one, and
+the first one's to all groups of pictures without one, so that each frame has the same orientation
 however it is reached.
 
 Source: ISO/IEC 14496-12 (matrix of a track), H.264 and H.265 D.2 (display orientation).
@@ -46,7 +46,8 @@ _NAMES = {
 
 def orientation_of(frame: av.VideoFrame) -> Orientation | None:
     """The orientation that a frame brings along; None if it brings none."""
-    # Not `frame.side_data`: it and the frame would hold each other, and the decoder's buffers.
+    # Not `frame.side_data`: it and the frame would keep each other alive, and the decoder's
+    # buffers.
     for data in SideDataContainer(frame):
         if data.type.name == "DISPLAYMATRIX":
             return read_matrix(np.frombuffer(bytes(data), np.int32))
@@ -66,7 +67,7 @@ def read_matrix(matrix: np.ndarray) -> Orientation:
 def oriented(
     frames: Iterable[av.VideoFrame], first: Orientation | None = None
 ) -> Iterator[tuple[av.VideoFrame, Orientation]]:
-    """Frames in the order they are shown, each with the orientation that holds for it.
+    """Frames in the order they are shown, each with the orientation that applies to it.
 
     `first` is that of the file's first frame, if these begin later.
     """

@@ -1,7 +1,7 @@
 """What the packets of a video file say, read without decoding: its frames, times and keyframes.
 
-Headers are never asked how many frames there are: they lie. Packets before the first keyframe count
-for nothing, as a decode gives nothing for them.
+Frame counts in headers are never used: they are often wrong. Packets before the first keyframe are
+ignored, as decoding them gives nothing.
 """
 
 from __future__ import annotations

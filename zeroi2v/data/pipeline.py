@@ -53,12 +53,12 @@ class ClipLoader:
     one. `cache` is a folder that keeps whole decoded videos, which take much space there: for
     small datasets.
 
-    `decoder`: "pyav" decodes in the workers. "dali" leaves what DALI's decoder takes to it, on a
-    GPU to the hardware, which hides damage: the frames of a damaged video may be wrong there. So
-    "auto" leaves to the hardware only videos whose `Sample.frames` says that a manifest knows them
-    to be whole, and is "pyav" on the CPU. Either way the frames are the same, up to the rounding of
-    colours, and PyAV decodes what DALI does not take, in the same batches.
-    Raises ValueError if an argument breaks its rule or an epoch would have no step.
+    `decoder`: "pyav" decodes in the workers. "dali" gives DALI's decoder all that it takes, on a
+    GPU the hardware's. That hides damage: the frames of a damaged video may be wrong. So "auto"
+    gives the hardware only videos whose `Sample.frames` says that a manifest knows them to be
+    whole, and is "pyav" on the CPU. Either way the frames are the same, up to the rounding of
+    colours, and PyAV decodes what DALI does not take, in the same batches. Raises ValueError if an
+    argument breaks its rule or an epoch would have no step.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class ClipLoader:
         if self.plan.steps == 0:
             raise ValueError(
                 f"samples must fill one step of {self.plan.global_batch} clips: "
-                f"got {len(self.plan.samples)}"
+                f"got {len(self.plan.samples)}; lower the batch (optim.batch_size) or add videos"
             )
         self.workers = workers
         self._known = sum(sample.frames is not None for sample in samples)
@@ -138,15 +138,13 @@ class ClipLoader:
         if self.plan.cutter is None:
             return "PyAV"
         if not self.plan.cutter.capabilities:
-            return (
-                f"PyAV, for {self.device} decodes no video, or its driver's libnvcuvid is missing"
-            )
+            return f"PyAV, as {self.device} decodes no video, or its driver's libnvcuvid is missing"
         if self.plan.cut_unknown:
             which = "what it can"
         elif self._known:
             which = f"what it can of {self._known} videos that a manifest knows to be whole"
         else:
-            which = "nothing, for no manifest says which videos are whole"
+            which = "nothing, as no manifest says which videos are whole"
         return f"DALI on the {self.device.type}: {which}; the rest by PyAV"
 
     def epoch(self, epoch: int = 0, start_step: int = 0) -> Iterator[Batch]:
@@ -216,11 +214,11 @@ class ClipLoader:
         return pipeline
 
     def _rescue(self, error: RuntimeError, epoch: int, micro_batch: int) -> tuple | None:
-        """Builds the pipeline anew after an error; returns what that micro-batch is, if known.
+        """Rebuilds the pipeline after an error; returns what that micro-batch is, if known.
 
         A micro-batch that DALI's decoder fails on is left to PyAV, which names the bad file. A file
-        that kills its decoding process is looked for, and from now on a bad one. If it is none,
-        the micro-batch is tried once more. Raises `error` where nothing of this helps.
+        that kills its decoding process is looked for, and counts as bad from now on. If there is
+        none, the micro-batch is tried once more. Raises `error` if none of this helps.
         """
         ends = [child.sentinel for child in self._children]
         decoder_failed = "decoders.video" in str(error)
@@ -258,7 +256,7 @@ class ClipLoader:
         index = torch.tensor([report["index"] for report in reports])
         if (index < 0).any():
             raise ValueError(
-                f"samples must hold videos that decode: got {len(self.bad_files)} bad ones, "
+                f"samples must contain videos that decode: got {len(self.bad_files)} bad ones, "
                 f"such as {next(iter(self.bad_files.values()))}"
             )
         label = torch.tensor([report["label"] for report in reports])
@@ -320,6 +318,6 @@ def check_bad_files(bad: dict[Any, str], total: int, max_bad_fraction: float) ->
         raise ValueError(
             f"bad videos must be at most data.max_bad_fraction {max_bad_fraction} of {total}: "
             f"got {len(bad)}:\n{reasons}\n"
-            "to go on without them, raise data.max_bad_fraction; `check_data` names all bad ones "
+            "to continue without them, raise data.max_bad_fraction; `check_data` names all of them "
             "at once, and data.manifest leaves out those that it found"
         )

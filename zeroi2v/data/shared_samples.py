@@ -17,9 +17,8 @@ _FIELDS = ("path", "label", "start", "end", "span", "filename_tmpl", "frames")
 
 
 class SharedSamples(Sequence):
-    """`samples`, written to a temporary file of a line each, which goes with this object.
-
-    Pickled, it is the file's name; who unpickles it must end before this object does.
+    """`samples`, each a line of a temporary file that is deleted with this object. Only the file's
+    name is pickled, so a process that unpickles it must end before this object does.
     """
 
     def __init__(self, samples: Iterable[Sample]):

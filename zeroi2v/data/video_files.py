@@ -42,7 +42,7 @@ def find_videos(names: Iterable[str]) -> tuple[list[str], list[str]]:
         videos = [str(path) for path in files if is_video(path)]
         images = any(p.suffix.lower() in IMAGE_SUFFIXES and p.parent == Path(name) for p in files)
         if not videos and not images:
-            raise ValueError(f"folder must hold video files: got {name}")
+            raise ValueError(f"folder must contain video files: got {name}")
         found += videos or [name]
         others += [str(path) for path in files if videos and not is_video(path)]
     return found, others

@@ -1,7 +1,7 @@
 """Views of videos for validation, test and prediction: every video once, in order.
 
-A view is a clip at fixed places of the video, resized and cropped (`preprocess.py`) by who decodes
-it: workers hand over little, and a GPU is not needed for it.
+A view is a clip at fixed places of the video, resized and cropped (`preprocess.py`) by the process
+that decodes it, so that workers hand over little and no GPU is needed.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Batch:
     index: Tensor
     """Position in `samples`, int64 [B]; -1 for padding and for videos that cannot be decoded."""
     target: Tensor
-    """What the clips are to be taken for: `label`; where clips are mixed, class probabilities,
-    float32 [B, num_classes]."""
+    """The target of training: `label`, or where clips are mixed, class probabilities, float32 [B,
+    num_classes]."""
 
 
 class ViewSource(FrameReader):
@@ -79,7 +79,7 @@ class ViewLoader:
         test: resize to `test_short_side`; False: to `val_short_side`, as in validation.
         views: (clips, crops) of each video; 1 crop (centre) or 3 along the longer side.
         rank: this process among those that share the list.
-        world_size: how many they are; all make equally many batches.
+        world_size: number of those processes; all make equally many batches.
         workers: processes that decode; 0: this one. They live as long as the loader.
         device: where batches are normalised and left.
         timeout: seconds after which a video that is still being decoded is a bad one.
@@ -110,7 +110,7 @@ class ViewLoader:
         if views[0] < 1 or views[1] not in (1, 3):
             raise ValueError(f"views must be (clips >= 1, crops 1 or 3): got {views}")
         if not samples:
-            raise ValueError("samples must hold a video: got none")
+            raise ValueError("samples must contain a video: got none")
         self.samples, self.config, self.views = samples, config, tuple(views)
         self.batch_size = 1 if whole else batch_size
         self.rank, self.world_size, self.whole = rank, world_size, whole
@@ -171,8 +171,8 @@ class ViewLoader:
     def _by_workers(self, positions: list[int]) -> Iterator[Tensor | str]:
         """What the source makes of `positions`, in order; two batches are made ahead.
 
-        A file that kills its decoding process is looked for, and from now on a bad one. If it is
-        none, the same is tried once more.
+        A file that kills its decoding process is looked for, and counts as bad from now on. If
+        there is none, the same is tried once more.
         """
         ahead = 2 * self.batch_size + self.workers
         todo, waiting = deque(positions), deque[tuple[int, Future]]()

@@ -22,21 +22,16 @@ def draw_confusion(path: Path, confusion: list[list[int]], labels: tuple[str, ..
     """Draws the confusion matrix, rows as percent of the true class, to PNG `path`.
 
     Names are as large for any number of classes: up to `MAX_NAMED` all are shown, of more classes
-    every k-th, with the least k that keeps them apart; the `LISTED` strongest confusions then stand
-    below in words. Names along the bottom are upright where they are wider than a cell, and long
-    ones lose their middle. Up to 15 classes, cells hold counts. The figure grows with the classes
-    to at most 11 by 13 inches.
+    every k-th, with the least k that keeps them apart; the `LISTED` strongest confusions are then
+    listed below. Names along the bottom are upright where they are wider than a cell, and long ones
+    lose their middle. Up to 15 classes, cells hold counts. The figure grows with the classes to at
+    most 11 by 13 inches.
 
     Args:
         path: file to write.
         confusion: K x K counts, rows are true classes.
         labels: K class names in index order; without any, classes are numbered.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     size = len(confusion)
     names = labels or tuple(str(i) for i in range(size))
     step = ceil(size / MAX_NAMED)
@@ -54,7 +49,7 @@ def draw_confusion(path: Path, confusion: list[list[int]], labels: tuple[str, ..
         bottom = 0.55
     below = 0.16 * (len(listed) + 2) if listed else 0.0
     width, height = left + side + 1.0, below + bottom + side + 0.15
-    figure = pyplot.figure(figsize=(width, height))
+    figure = headless_pyplot().figure(figsize=(width, height))
 
     def place(x: float, wide: float):
         return figure.add_axes((x / width, (below + bottom) / height, wide / width, side / height))
@@ -114,10 +109,18 @@ def _inches(name: str) -> float:
     return TextPath((0, 0), name.replace("$", "s"), size=_FONT).get_extents().width / 72
 
 
-def save_figure(figure: Any, path: Path) -> None:
-    """Saves a figure of pyplot's as PNG `path`, which is there whole or not at all; closes it."""
+def headless_pyplot() -> Any:
+    """matplotlib's pyplot, set to draw without a screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Saves a pyplot figure as PNG `path`, whole or not at all, and closes it."""
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
-    pyplot.close(figure)
+    headless_pyplot().close(figure)

@@ -13,7 +13,7 @@ from torch import nn
 
 from zeroi2v.data.annotations import Sample
 from zeroi2v.data.decode import frame_times
-from zeroi2v.drawing.figures import save_figure
+from zeroi2v.drawing.figures import headless_pyplot, save_figure
 from zeroi2v.inference import predict_each
 
 UNIFORM_SECONDS = 4.0
@@ -79,7 +79,7 @@ def timeline(
 def window_spans(
     times: np.ndarray, seconds: float, window: float, stride: float
 ) -> list[tuple[float, float]]:
-    """Starts and ends of the windows of a video of `seconds` that hold a frame, in order.
+    """Starts and ends of the windows of a video of `seconds` that contain a frame, in order.
 
     Windows start at multiples of `stride`; the last one ends with the video. There are as many as
     the frames need, however long the gaps between them.
@@ -104,11 +104,7 @@ def draw_timeline(result: dict[str, Any], path: str | Path) -> None:
     `MAX_ROWS` of those that are it longest. Windows that can't be decoded are hatched. A gap
     without windows is left blank, and drawn no wider than one; the axis shows the true times.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = headless_pyplot()
     windows = result["windows"]
     edges, columns, knots = _columns(result)
     best = [w["topk"][0]["label"] if "topk" in w else None for w in windows]

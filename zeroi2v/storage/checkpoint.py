@@ -28,12 +28,12 @@ CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 
 
 def save(model: VideoViT, folder: str | Path, extra_files: dict[str, str] | None = None) -> None:
-    """Writes `model` to `folder`, which then holds it whole or is left as it was.
+    """Writes `model` to `folder`, whole or not at all.
 
     Args:
         model: adapted, merged or plain.
         folder: made if needed; an older model in it is replaced, any other content refused.
-        extra_files: text files to put beside the model and its `origins`, by name; the card tells
+        extra_files: text files to put beside the model and its `origins`, by name; the card says
             what is in those of `model_card.ORIGINS`.
 
     Raises:
@@ -60,7 +60,7 @@ def save(model: VideoViT, folder: str | Path, extra_files: dict[str, str] | None
 def fetch(name: str | Path, **download) -> Path:
     """`name` itself if it is a local path, else the hub's model of that name, downloaded.
 
-    The network is used only for a name of the form `owner/model` of which nothing exists here:
+    The network is used only for a name of the form `owner/model` that does not exist here:
     neither the path nor a folder `owner`.
 
     Raises:
@@ -78,7 +78,7 @@ def fetch(name: str | Path, **download) -> Path:
         return Path(snapshot_download(str(name), allow_patterns=files, **download))
     except Exception as error:  # the hub's client is another library from version to version
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise OSError(f"{name} is no folder here, and the hub gives none ({reason})") from None
+        raise OSError(f"{name} is no folder here, and the hub can't give it ({reason})") from None
 
 
 def load(folder: str | Path) -> VideoViT:
@@ -135,7 +135,8 @@ def model_folder(path: str | Path) -> Path:
 
 
 def is_native(folder: Path) -> bool:
-    """Whether a folder holds a native model; others may have a `config.json` of their own kind."""
+    """Whether a folder contains a native model; others may have a `config.json` of their own
+    kind."""
     try:
         text = (folder / CONFIG).read_text("utf-8", "replace")
     except OSError:
@@ -149,7 +150,7 @@ def check_output_folder(folder: str | Path) -> Path:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output must be a folder: got the file {folder}")
     if folder.is_dir() and any(folder.iterdir()) and not is_native(folder):
-        raise ValueError(f"output folder must be empty or hold a model: got {folder}")
+        raise ValueError(f"output folder must be empty or contain a model: got {folder}")
     return check_writable(folder, "output folder")
 
 

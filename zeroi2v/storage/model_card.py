@@ -1,4 +1,4 @@
-"""The model card: what stands in the `README.md` of a model folder."""
+"""The model card: the `README.md` of a model folder."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A file of one JSON line per video, written as they are done; a second run continues it.
 
 Each line says what it came from: the hash of the weights and of the config, the views, how many
-classes are named. Lines of other settings never get into the same file.
+classes are named. A file never has lines of different settings.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def settings_of(model: nn.Module, source: Path, **more: Any) -> dict[str, Any]:
 class Results:
     """The results in `path`, a .jsonl file; nothing is changed before `begin`.
 
-    `restart` forgets what the file holds. Raises OSError if it can't be written, ValueError if it
-    is no .jsonl file or contains anything but results.
+    `restart` discards what the file contains. Raises OSError if it can't be written, ValueError if
+    it is no .jsonl file or contains anything but results.
     """
 
     def __init__(self, path: str, restart: bool = False):
@@ -63,13 +63,11 @@ class Results:
                 row = json.loads(line)
                 name, settings = row["path"], row.get("settings")
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise ValueError(
-                    f"--out {path} contains other than results: line {number}"
-                ) from None
+                raise ValueError(f"--out {path} must contain only results: line {number}") from None
             if not isinstance(settings, dict):
                 raise ValueError(
                     f"--out {path} does not say which weights its results are of: line {number}; "
-                    "name another file, or begin anew with --restart"
+                    "name another file, or start over with --restart"
                 )
             self._known = self._known or settings
             self._check(settings, self._known)
@@ -92,10 +90,10 @@ class Results:
             some = ", ".join(f"{n} {theirs.get(n)}, not {ours.get(n)}" for n in names)
             raise ValueError(
                 f"--out {self.path} contains results of {some}: "
-                "name another file, or begin anew with --restart"
+                "name another file, or start over with --restart"
             )
 
     def add(self, result: dict[str, Any]) -> None:
-        """Writes a result, to be there even if the next moment is the last."""
+        """Writes a result so that it survives a kill right after."""
         self.file.write(json.dumps({**self._head, **result}) + "\n")
         self.file.flush()

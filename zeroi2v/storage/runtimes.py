@@ -1,4 +1,4 @@
-"""Models as they are deployed, behind one door: native folder, ONNX file, exported program.
+"""Deployed models with one interface: native folder, ONNX file, exported program.
 
 Each is a module that maps normalised video `[B, 3, T, H, W]` float32 to logits `[B, num_classes]`
 float32, and has the `config` it was made from: it was written into the file. Files that were

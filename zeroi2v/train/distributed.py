@@ -1,9 +1,9 @@
 """The processes of a run: how they start, agree, stop, and end when one of them is lost.
 
 Every error is reported once, whichever processes meet it, and no process waits for ever.
-What they tell each other goes over gloo, on a group of its own, from CPU to CPU; the default group
-carries gradients, on GPUs over NCCL. NCCL's watchdog kills a process without a word of ours, so
-that group waits longer than this one.
+Messages go over gloo, on a group of its own, from CPU to CPU; the default group carries gradients,
+on GPUs over NCCL. NCCL's watchdog kills a process before it can report anything, so the default
+group waits longer.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def check_gpus(store: dist.Store) -> None:
         print(f"error: {text}", file=sys.stderr, flush=True)
         store.set("gpus_told", "")
     with suppress(RuntimeError):  # the store goes with the first process
-        store.wait(["gpus_told"])  # else the launcher kills the first before it has told
+        store.wait(["gpus_told"])  # else the launcher kills the first before it has reported
     raise SystemExit(1)
 
 
@@ -123,7 +123,7 @@ def limit() -> timedelta:
 
 
 def gradient_limit() -> timedelta:
-    """The same for gradients: on GPUs it is for the control group to tell first."""
+    """The same for gradients: on GPUs longer, so that the control group reports first."""
     return limit() + timedelta(minutes=2 if torch.cuda.is_available() else 0)
 
 
@@ -200,11 +200,11 @@ def first_alone(work: Callable[[], object]) -> None:
 
 @contextmanager
 def told_once() -> Iterator[None]:
-    """Within, the end of a process ends the others, each error in one line from one process.
+    """Within, if a process ends, the others end too; one process reports the error in one line.
 
-    Where one process alone has met bad input (ValueError, OSError), it reports that, and the others
-    end silently; where a process has died or is stuck, one of those that notice reports it. In a
-    single process errors pass. Raises SystemExit in several.
+    If only one process met bad input (ValueError, OSError), it reports that, and the others end
+    silently; if a process has died or is stuck, one of those that notice reports it. In a single
+    process errors pass. Raises SystemExit in several.
     """
     store, several = _get_default_store(), dist.get_world_size() > 1
 

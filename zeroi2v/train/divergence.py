@@ -1,7 +1,7 @@
-"""What is found out and kept when the loss is not finite, or has exploded.
+"""Diagnoses a loss that is not finite or has exploded, and keeps the evidence.
 
-It is noticed before the optimizer's step, so the weights are still those that gave it. The clips
-are made once more, which gives the same bits, and pass through the model once more, watched.
+The loss is checked before the optimizer's step, so the weights are still those that produced it.
+The clips are made again, with the same bits, and go through the model again while it is watched.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def stop_diverged(
     losses: list[float],
     dtype: torch.dtype,
 ) -> None:
-    """Ends a run whose loss at `step` (from 1) is bad; all processes must call it at once.
+    """Ends a run whose loss at `step` (from 1) is bad. All processes must call it at once.
 
     Names the clips and the first bad layer, and keeps in `run.dir/diverged`: `report.json`,
     `clips.safetensors` (the forward pass that went wrong: video [B, 3, T, H, W], label, loss) and
@@ -119,7 +119,7 @@ def remedy(loss: float, dtype: torch.dtype, has_state: bool) -> str:
         advice = (
             "fp16 ends at 65,504: try optim.precision=bf16, a lower optim.lr or optim.clip_grad"
         )
-    return advice + (", and go on from the last state with run.resume=true" if has_state else "")
+    return advice + (", and continue from the last state with run.resume=true" if has_state else "")
 
 
 @torch.no_grad()
@@ -148,7 +148,7 @@ def watch(model: nn.Module, video: Tensor) -> tuple[Tensor, dict[str, float]]:
 class _Recorder(TorchDispatchMode):
     """Records the largest |value| that operators make, by the layer whose weights they read.
 
-    Modules are not asked: some hand their weights to a kernel instead of being called. An operator
+    Modules have no hooks: some hand their weights to a kernel instead of being called. An operator
     without weights counts as the module that is `inside[-1]` at the time.
     """
 

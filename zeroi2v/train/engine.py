@@ -96,7 +96,7 @@ def build_engine(model: nn.Module, optim: OptimConfig, steps_per_epoch: int) -> 
 
 
 def update(engine: Any) -> None:
-    """The optimizer's step; the schedule goes on even where fp16 leaves the step out.
+    """The optimizer's step. The schedule advances even if fp16 skips the step.
 
     Raises ValueError if gradients in fp16 overflow whatever they are scaled by.
     """
@@ -114,7 +114,7 @@ def update(engine: Any) -> None:
 
 
 def read_later(number: Tensor) -> Callable[[], float]:
-    """Has `number` brought to the CPU; what is returned waits for it and gives it.
+    """Copies `number` to the CPU later; the returned function waits for it and returns it.
 
     On a GPU that is not to wait for what is queued after this call. Raises RuntimeError there if it
     takes longer than the processes wait for each other.

@@ -2,8 +2,8 @@
 
 Steps of one clip and of three at once are measured, with the real model, engine, optimizer and
 loaders, and what a clip adds is extrapolated to the run's own number. If that is well within
-memory, two steps of that size are measured instead of believed; if it is not, changes are proposed,
-from measurements, that make the run fit.
+memory, two steps of that size are measured to check it; if not, measured changes are proposed that
+make the run fit.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Cost:
         return self.fixed + clips * self.a_clip
 
     def most(self, limit: float) -> int:
-        """Clips that cost `limit` at most; 0 if none do."""
+        """The most clips whose cost is within `limit`; 0 if none."""
         return max(0, int((limit - self.fixed) // self.a_clip))
 
 
@@ -75,7 +75,7 @@ def estimate(job: Job, signals: StopSignals) -> int:
     peak, step = max(gather(peak)), passes * max(gather(step))
     epoch = step * loader.steps_per_epoch
     say(
-        f"memory      {peak / GB:.2f} GB at most in a process; free for each are "
+        f"memory      {peak / GB:.2f} GB at most in a process; each may use "
         f"{limit / GB:.1f} of {total / GB:.1f} GB ("
         f"{'measured' if is_safe else 'extrapolated'}; {memory.a_clip / GB:.3f} for each of "
         f"{clips} clips at once)"
@@ -83,7 +83,7 @@ def estimate(job: Job, signals: StopSignals) -> int:
     say(
         f"time        {step:.2f} s a step: {passes * computing:.2f} computing, "
         f"{passes * reading:.2f} reading; {_span(epoch)} an epoch, {_span(epoch * optim.epochs)} "
-        "in all, beside validation"
+        "in all, without validation"
     )
     fits = peak <= limit
     for line in ["fits"] if fits else advice(job, engine, clip, memory, limit):
@@ -146,7 +146,7 @@ def measure_pass(engine: Any, clip: Tensor, count: int, optim: OptimConfig) -> t
 
 
 def forget_peak(device: torch.device) -> None:
-    """Has `peak_memory` begin anew, from what is in use."""
+    """Restarts `peak_memory` from what is in use."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return
@@ -164,7 +164,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def run_pass(engine: Any, clip: Tensor, count: int, optim: OptimConfig, last: bool = True) -> None:
-    """Forward and backward of `count` times the clip, and, as the last of a step, the update."""
+    """Forward and backward pass of `count` copies of the clip, and the update at the step's end."""
     video = clip.to(engine.device, DTYPES[optim.precision])
     video = video.expand(count, *clip.shape[1:]).contiguous()
     label = torch.zeros(count, dtype=torch.long, device=engine.device)
@@ -176,7 +176,7 @@ def run_pass(engine: Any, clip: Tensor, count: int, optim: OptimConfig, last: bo
 
 
 def memory_limit(device: torch.device) -> tuple[float, float]:
-    """Bytes that each process may have, with what it holds already; and all bytes there are.
+    """Bytes that each process may have, including what it already has; and all bytes there are.
 
     Of its GPU, or its part of the machine, where a control group may allow less.
     """

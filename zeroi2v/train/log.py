@@ -1,4 +1,4 @@
-"""What a run shows of itself: lines and a bar, `log.jsonl`, TensorBoard, W&B and plots."""
+"""What a run reports: lines and a bar, `log.jsonl`, TensorBoard, W&B and plots."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from zeroi2v.drawing.figures import save_figure
+from zeroi2v.drawing.figures import headless_pyplot, save_figure
 from zeroi2v.files import write_whole
 
 
@@ -80,7 +80,7 @@ class RunLog:
         )
         if self._started and not self._hinted and total["waited"] > 0.1 * total["seconds"]:
             show(
-                "hint        over 10 % of the time goes in waiting for data: raise data.workers, "
+                "hint        over 10 % of the time is spent waiting for data: raise data.workers, "
                 "store videos at a short side near 256, or set data.cache if the disk has space"
             )
             self._hinted = True
@@ -121,10 +121,9 @@ def show(text: str) -> None:
 
 
 def start_wandb(folder: Path, project: str, config: dict[str, Any] | None) -> Any:
-    """The run of W&B for run folder `folder`: begun, or gone on with if the folder has had one.
-
-    Steps that a resumed run repeats, W&B leaves out. `WANDB_MODE=offline` is obeyed by `wandb`.
-    Raises ValueError if W&B can't be begun, for want of a key or of the network.
+    """The W&B run of run folder `folder`: a new one, or the one that the folder already has. W&B
+    leaves out steps that a resumed run repeats. `WANDB_MODE=offline` is obeyed by `wandb`. Raises
+    ValueError if W&B can't be begun, for want of a key or of the network.
     """
     import wandb
 
@@ -174,12 +173,7 @@ PLOTS = (
 
 def draw_plots(folder: Path) -> None:
     """Draws loss, accuracy, learning rate and speed over epochs to `plots/*.png`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    log = read_log(folder)
+    pyplot, log = headless_pyplot(), read_log(folder)
     (folder / "plots").mkdir(exist_ok=True)
     for name, title, curves in PLOTS:
         figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")

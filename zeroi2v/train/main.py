@@ -6,9 +6,9 @@
 
 Everything it writes is in `run.dir`: `config.yaml`, `log.jsonl`, `tensorboard/`, `state/` (to
 resume from), `last/` and `best/` (models), `bad_files.txt`, `eval.json`, `report.html`. Ctrl-C and
-SIGTERM save and stop; `run.resume=true` goes on to the very weights an unbroken run reaches, and
-`run.resume=auto` does so if there is a state, else begins. With `--dry-run` nothing is written:
-the resolved config is printed, and what a run will take of memory and time.
+SIGTERM save and stop; `run.resume=true` continues, and reaches the same weights as a run that was
+never stopped; `run.resume=auto` does so if there is a state, and else begins. `--dry-run` writes
+nothing: it prints the resolved config, and the memory and time that a run will take.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -162,7 +162,7 @@ class Trainer:
         self._begin()
 
     def _begin(self) -> None:
-        """Makes the folder that of a run: a start that fails before its first step leaves none."""
+        """Writes the run folder, which a start that fails before its first step does not leave."""
         progress, run = self.progress, self.config.run
 
         def write() -> None:
@@ -178,7 +178,7 @@ class Trainer:
         self.has_begun = True
 
     def run(self) -> int:
-        """Goes on to the end, to a signal or to `run.max_steps`; returns the exit status."""
+        """Trains to the end, to a signal or to `run.max_steps`; returns the exit status."""
         progress, run = self.progress, self.config.run
         saved_step, stop = progress.step, 0
         batches = micro_batches(self.job, progress.step, self.signals)
@@ -212,23 +212,9 @@ class Trainer:
         Loss and signals are shared while the last backward pass runs. Raises ValueError, and keeps
         what is needed to see why, if the loss is not finite or has exploded.
         """
-        engine, progress, job = self.engine, self.progress, self.job
-        begun, waited = time.perf_counter(), 0.0
-        lr, losses = max(engine.get_lr()), []
-        for number in range(1, self.accumulation + 1):
-            if losses:
-                engine.step()  # the weights stay as they are until the last forward pass
-            asked = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - asked
-            video = batch.video.squeeze(1).to(job.device, self.dtype, non_blocking=True)
-            target = batch.target.to(job.device, non_blocking=True)
-            logits = engine(video).float()
-            loss = F.cross_entropy(logits, target, label_smoothing=self.optim.label_smoothing)
-            losses.append(loss.detach())
-            if number == self.accumulation:  # it is there before this backward pass has ended
-                mean = read_later(torch.stack(losses).mean())
-            engine.backward(loss)
+        engine, progress, job, begun = self.engine, self.progress, self.job, time.perf_counter()
+        lr = max(engine.get_lr())
+        losses, mean, waited = self.forward_backward(batches)
         loss, stop, num_bad = share(mean(), self.signals, job.loader)
         if is_bad(loss):
             parts, weights = [x.item() for x in losses], trained_weights(engine)
@@ -249,6 +235,31 @@ class Trainer:
             except OSError as error:
                 raise OSError(f"{self.folder} can't be written ({error.strerror})") from None
         return stop
+
+    def forward_backward(
+        self, batches: Iterator[Batch]
+    ) -> tuple[list[Tensor], Callable[[], float], float]:
+        """The forward and backward passes of a step.
+
+        Returns the losses of its micro-batches, a function that waits for their mean, and the
+        seconds that were spent waiting for data.
+        """
+        engine, losses, waited = self.engine, [], 0.0
+        for number in range(1, self.accumulation + 1):
+            if losses:
+                engine.step()  # the weights stay as they are until the last forward pass
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            video = batch.video.squeeze(1).to(self.job.device, self.dtype, non_blocking=True)
+            target = batch.target.to(self.job.device, non_blocking=True)
+            logits = engine(video).float()
+            loss = F.cross_entropy(logits, target, label_smoothing=self.optim.label_smoothing)
+            losses.append(loss.detach())
+            if number == self.accumulation:  # it is there before this backward pass has ended
+                mean = read_later(torch.stack(losses).mean())
+            engine.backward(loss)
+        return losses, mean, waited
 
     def save(self) -> None:
         """Writes `last/`, and `state/` to resume from."""
@@ -325,7 +336,7 @@ class Trainer:
         finished = progress.step == self.total_steps and not stop
         if not finished:
             say(f"stopped     after step {progress.step} of {self.total_steps}, saved: "
-                "go on with the same command and run.resume=true")  # fmt: skip
+                "continue with the same command and run.resume=true")  # fmt: skip
         if not self.is_first:
             return
         self.log.close()
@@ -344,7 +355,7 @@ class Trainer:
 
 
 def say_result(progress: Progress, folder: Path, finished: bool) -> None:
-    """The end of a run in two lines for people: what came out, and what to do with it."""
+    """Ends a run with two lines for people: the result, and what to do with it."""
     result = f"{progress.step} steps"
     if progress.top1 is not None:
         result += f", top-1 {progress.top1:.2f} % (best {progress.best_top1:.2f} %)"

@@ -22,6 +22,7 @@ from zeroi2v.data.manifest import use_manifest
 from zeroi2v.data.pipeline import ClipLoader, check_bad_files
 from zeroi2v.data.video_files import left_out
 from zeroi2v.data.views import ViewLoader
+from zeroi2v.inference import default_workers
 from zeroi2v.model.vit import Block, VideoViT
 from zeroi2v.train.config import DataConfig, OptimConfig, RunConfig, differences, load_config
 from zeroi2v.train.distributed import cores_per_process, first_alone, say, together
@@ -40,14 +41,14 @@ class Job:
     samples: list[Sample]
     val_samples: list[Sample]
     record: dict[str, Any] | None
-    """Of the state to resume from; None for a new run."""
+    """The record of the state to resume from; None for a new run."""
 
 
 def prepare(config: RunConfig, device: torch.device, keep: ExitStack | None) -> Job:
     """Checks all input before work starts, and says what is decided from it.
 
-    The run folder is made and taken last, until `keep` is closed; for a dry run, without `keep`, it
-    is left alone.
+    The run folder is made and locked last, until `keep` is closed; a dry run, without `keep`, does
+    not touch it.
     """
     data, optim = config.data, config.optim
     check_device(optim, device)
@@ -68,7 +69,9 @@ def prepare(config: RunConfig, device: torch.device, keep: ExitStack | None) -> 
     if config.run.wandb is not None and find_spec("wandb") is None:
         raise ValueError("run.wandb needs the package wandb: pip install wandb")
     video = config.model.video
-    workers = default_workers(device) if data.workers is None else data.workers
+    workers = data.workers
+    if workers is None:
+        workers = default_workers(device, cores_per_process())
     shared = dict(
         batch_size=optim.clips_at_once(world_size),
         rank=rank,
@@ -161,7 +164,7 @@ def check_device(optim: OptimConfig, device: torch.device) -> None:
         if optim.precision == "fp16":
             raise ValueError("optim.precision fp16 needs a GPU: got the CPU; take bf16 or fp32")
         if optim.offload:
-            raise ValueError("optim.offload needs a GPU: got the CPU, which has nothing to unload")
+            raise ValueError("optim.offload needs a GPU: got the CPU, which has nothing to offload")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = optim.tf32
 
 
@@ -190,7 +193,7 @@ def draw_shots(samples: list[Sample], shots: int, num_classes: int, seed: int) -
 
 
 def gather_blocks_whole(model: VideoViT) -> None:
-    """Makes ZeRO stage 3 gather a block's weights all at once, since so the block uses them."""
+    """Makes ZeRO stage 3 gather a block's weights all at once, as the block uses them."""
     from deepspeed.utils import set_z3_leaf_modules
 
     set_z3_leaf_modules(model, [Block])
@@ -245,7 +248,7 @@ def check_run_dir(config: RunConfig, world_size: int) -> dict[str, Any] | None:
         (folder / name).exists() for name in ("config.yaml", "state", "log.jsonl")
     ):
         raise ValueError(
-            f"run.dir must hold no run, unless run.resume is true or auto: got {folder}"
+            f"run.dir must contain no run, unless run.resume is true or auto: got {folder}"
         )
     return record
 
@@ -254,7 +257,7 @@ def check_root(data: DataConfig) -> None:
     """Raises OSError if the videos' folder has vanished, or what was mounted there."""
     for key, root in (("data.root", data.root), ("data.val_root", data.val_root)):
         if root is not None and not (Path(root).is_dir() and any(Path(root).iterdir())):
-            raise OSError(f"{key} must hold the videos: {root} is empty or gone")
+            raise OSError(f"{key} must contain the videos: {root} is empty or gone")
 
 
 def with_classes(config: RunConfig) -> RunConfig:
@@ -293,9 +296,3 @@ def read_samples(config: RunConfig) -> tuple[list[Sample], list[Sample]]:
     val_root = data.root if data.val_root is None else data.val_root
     val_samples = [] if data.val_list is None else read(data.val_list, val_root)
     return read(data.train_list, data.root), val_samples
-
-
-def default_workers(device: torch.device) -> int:
-    """Decoding processes for each training process: most of its cores if a GPU does the rest."""
-    cores = cores_per_process()
-    return max(1, cores - 1) if device.type == "cuda" else cores // 4

@@ -110,12 +110,12 @@ def train(part: Part, path: str, launcher: list[str]) -> None:
         for number, handler in old.items():
             signal.signal(number, handler)
     if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
-        print(f"stopped in {part.name}: the same command goes on", flush=True)
+        print(f"stopped in {part.name}: the same command continues", flush=True)
         raise SystemExit(status)
     if status:
         raise ValueError(
             f"run {part.name} must succeed: it ended with status {status}, see above; the same "
-            "command goes on from there"
+            "command continues from there"
         )
 
 

@@ -1,8 +1,8 @@
-"""The state of a run on disk: all it needs to go on exactly, whole at any moment, never executed.
+"""The state of a run on disk: all that an exact resume needs, whole at any moment, never executed.
 
 `state/TAG/` contains DeepSpeed's part (trained weights, optimizer, schedule, random numbers of each
 process) and `record.json`; `state/latest` names the TAG that is whole. Frozen weights are not in
-it: their checksum is, and they come from where the run took them.
+it, only their checksum; they are read again from their source.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from zeroi2v.train.engine import checksum, trained_weights
 
 
 def save_state(engine: Any, folder: Path, record: dict[str, Any]) -> None:
-    """Saves all that the run needs to go on, then removes the state before it.
+    """Saves all that the run needs to resume, then removes the state before it.
 
-    DeepSpeed's part goes to `folder/TAG` and `record`, which must hold `step` and `validated`,
+    DeepSpeed's part goes to `folder/TAG` and `record`, which must contain `step` and `validated`,
     beside it; only then does `folder/latest` name TAG, so a kill at any time leaves a whole state.
     Raises OSError if the disk can't take it, in every process; the state before it stays.
     """
@@ -100,7 +100,7 @@ def load_state(engine: Any, folder: Path, record: dict[str, Any]) -> None:
         load_module_strict=False,  # frozen weights are not in it
     )
     if path is None or checksum(trained_weights(engine)) != record["trained"]:
-        raise ValueError(f"state must hold the weights it was saved with: got {folder}")
+        raise ValueError(f"state must contain the weights it was saved with: got {folder}")
     state = client["random"][dist.get_rank()]
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
@@ -125,7 +125,7 @@ class StateFiles:
     """How DeepSpeed reads and writes its files here; it sees a `CheckpointEngine`.
 
     An error of writing is kept until `check`, since the other processes wait in the meantime.
-    Reading executes nothing: beside tensors and plain values only DeepSpeed's own few classes.
+    Reading executes nothing: only tensors, plain values and a few classes of DeepSpeed are allowed.
     """
 
     def __init__(self):
@@ -181,8 +181,8 @@ class StateFiles:
 def lock_folder(folder: Path, patience: float = 20.0) -> BaseFileLock:
     """Takes `folder` for this process, as long as the lock is not released and the process lives.
 
-    Waits `patience` seconds for the rest of a killed run to end. Raises OSError if another run
-    goes on in there.
+    Waits `patience` seconds for the rest of a killed run to end. Raises OSError if another run is
+    writing there.
     """
     lock = FileLock(folder / ".lock")
     try:

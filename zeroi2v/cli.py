@@ -15,12 +15,21 @@ VERBS = {
     "convert": "turn a foreign model or config into ours",
     "doctor": "what this machine can do and what it lacks",
     "evaluate": "accuracy of a model on a list of videos",
+    "init": "from a folder of your videos to the config of a training run",
     "export": "write a merged model for deployment, proven",
     "predict": "classify video files",
     "train": "train a video classifier (also by deepspeed or torchrun: train/main.py)",
+    "report": "a page about a run, or one that compares several",
     "reparam": "merge a model's adapters into its weights, and prove it",
+    "serve": "a local web page to try a model on, with a JSON API",
     "visualize": "pictures of which frames and patches the heads look at",
 }
+MODULES = {
+    "train": "zeroi2v.train.main",
+    "report": "zeroi2v.train.report",
+    "serve": "zeroi2v.serve.main",
+}
+"""Verbs whose module is not named as they are."""
 _HOME = re.compile(r"(?<![^=])~/")
 """At the start of a word, or of what an option or a key is set to, where shells leave it alone."""
 
@@ -64,7 +73,7 @@ def main() -> int:
         print(f"error: unknown verb {verb!r}: known: {', '.join(VERBS)}", file=sys.stderr)
         return 2
     sys.argv[0] = f"zeroi2v {verb}"
-    module = "zeroi2v.train.main" if verb == "train" else f"zeroi2v.{verb}"
+    module = MODULES.get(verb, f"zeroi2v.{verb}")
     return run(import_module(module).main, sys.argv[2:])
 
 

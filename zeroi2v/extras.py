@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 EXTRAS = {
     **dict.fromkeys(("nvidia.dali", "deepspeed", "tensorboard", "jinja2", "psutil"), "train"),
+    **dict.fromkeys(("gradio",), "serve"),
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export"),
 }
 

@@ -1,9 +1,11 @@
 """`report.html`: what a run was, what came of it, and how to go on; one file that opens offline.
 
-    python -m zeroi2v.train.report RUN_FOLDER
+    zeroi2v report RUN                      (again, or for a run that was stopped)
+    zeroi2v report RUN RUN … --out FILE     (one page that compares them: `compare.py`)
 
-A run writes it at its end. The command writes it again, or for a run that was stopped, from the
-files of the run folder alone. Beside it go `plots/*.png` and `per_class.csv`.
+A run writes it at its end. It is made from the files of the run folder alone; only the films of
+single videos, and what its model answers for them, need the videos. Beside it go `plots/*.png` and
+`per_class.csv`.
 """
 
 from __future__ import annotations
@@ -25,14 +27,15 @@ from zeroi2v.cli import run
 from zeroi2v.config import RECIPES, ModelConfig
 from zeroi2v.data.pipeline import AugmentConfig
 from zeroi2v.drawing.figures import draw_confusion
-from zeroi2v.files import write_whole
+from zeroi2v.files import check_writable, write_whole
 from zeroi2v.model.vit import VideoViT
 from zeroi2v.storage.checkpoint import read_config
 from zeroi2v.storage.model_card import published_recipe
+from zeroi2v.train.compare import compare
 from zeroi2v.train.config import RunConfig, load_config
 from zeroi2v.train.log import PLOTS, draw_plots, read_log
+from zeroi2v.train.samples import films, look
 
-TEMPLATE = Path(__file__).with_name("report.html.jinja")
 SHOWN = 10
 """Classes in each of the tables of the best and of the worst."""
 
@@ -57,15 +60,12 @@ def write_report(folder: Path) -> None:
         write_whole(folder / "per_class.csv", as_csv(classes))
         draw_confusion(folder / "plots" / "confusion.png", figures["confusion"], model.labels)
     bad_files = folder / "bad_files.txt"
-    import jinja2
-
-    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        TEMPLATE.read_text(encoding="utf-8")
-    )
     drawn = [name for name, _, curves in PLOTS if any(k in line for k, _ in curves for line in log)]
-    text = page.render(
+    text = render(
+        "report.html.jinja",
         name=folder.resolve().name,
         **_result(config, model, log, figures),
+        **_videos(folder, config, model),
         facts=_facts(config, model, log),
         plots=[
             {"title": title, "data": _data_uri(folder / "plots" / f"{name}.png")}
@@ -81,6 +81,18 @@ def write_report(folder: Path) -> None:
         config=(folder / "config.yaml").read_text(encoding="utf-8"),
     )
     write_whole(folder / "report.html", text)
+
+
+def render(template: str, **values: Any) -> str:
+    """A template of this folder with its values filled in."""
+    import jinja2
+
+    pages = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    )
+    return pages.get_template(template).render(**values)
 
 
 def per_class(confusion: list[list[int]], labels: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -175,6 +187,31 @@ def _result(
     }
 
 
+def _videos(folder: Path, config: RunConfig, model: ModelConfig) -> dict[str, Any]:
+    """What the model answers for single videos; why there is none, if they are gone."""
+    try:
+        found, shared = look(folder, config)
+    except (ValueError, OSError) as error:
+        return {"losses": [], "films": [], "shared": 0, "not_looked": str(error)}
+    names = model.labels or tuple(str(i) for i in range(model.num_classes))
+    losses = [
+        {
+            "name": name,
+            "loss": f"{found[part].loss:.3f}",
+            "top1": f"{found[part].top1:.0f} %",
+            "videos": f"{len(found[part].samples)} of {found[part].total}",
+        }
+        for part, name in (("train", "training videos"), ("val", "validation videos"))
+        if part in found
+    ]
+    if "val" not in found:
+        return {"losses": losses, "films": [], "shared": 0, "not_looked": ""}
+    train, val = found["train"], found["val"]
+    gap, right = val.loss - train.loss, f"{val.top1 - train.top1:+.0f} points"
+    losses.append({"name": "gap", "loss": f"{gap:+.3f}", "top1": right, "videos": ""})
+    return {"losses": losses, "films": films(val, names), "shared": shared, "not_looked": ""}
+
+
 def _facts(config: RunConfig, model: ModelConfig, log: list[dict[str, Any]]) -> dict[str, str]:
     """What the run was made of, for a reader who has not seen its config."""
     with torch.device("meta"):
@@ -251,11 +288,22 @@ def _data_uri(path: Path) -> str:
 
 
 def main(argv: list[str]) -> None:
+    """Writes the report of a run again, or a page that compares several."""
     parser = argparse.ArgumentParser(
-        prog="python -m zeroi2v.train.report", description="Writes the report of a run again."
+        prog="python -m zeroi2v.train.report",
+        description="Writes the report of a run again, or one page that compares several runs.",
     )
-    parser.add_argument("folder", help="run folder")
-    folder = Path(parser.parse_args(argv).folder)
+    parser.add_argument("folder", nargs="+", type=Path, help="run folder; of several, a comparison")
+    parser.add_argument("--out", type=Path, help="page of a comparison (comparison.html)")
+    args = parser.parse_args(argv)
+    if len(args.folder) > 1:
+        out = check_writable(args.out or Path("comparison.html"), "--out")
+        compare(args.folder, out, render)
+        print(f"written      {out}")
+        return
+    (folder,) = args.folder
+    if args.out is not None:
+        raise ValueError(f"--out must be left out for one run, whose folder it is: got {args.out}")
     if not (folder / "config.yaml").is_file():
         raise FileNotFoundError(f"{folder} is no run folder: no config.yaml in it")
     write_report(folder)

@@ -1,0 +1,1 @@
+"""A local web page, and a JSON API, that classify videos: `zeroi2v serve MODEL`."""

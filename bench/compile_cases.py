@@ -10,6 +10,7 @@ import torch
 import triton
 from zeroi2v_kernels import activation, norm, stdha_launch
 from zeroi2v_kernels import adapter_linear_triton as adapter_linear
+from zeroi2v_kernels import rotary_triton as rotary
 
 
 class Case(NamedTuple):
@@ -27,7 +28,7 @@ class Case(NamedTuple):
 
 def cases(arch: int) -> list[Case]:
     """All that is shipped for compute capability `arch`, such as 90."""
-    return [*attention(arch), *adapter(arch), *activations(), *norms()]
+    return [*attention(arch), *adapter(arch), *activations(), *norms(), *rotations()]
 
 
 def attention(arch: int) -> Iterator[Case]:
@@ -101,7 +102,7 @@ def activations() -> Iterator[Case]:
             activation.KINDS, (False, True), ("bf16", "fp16", "fp32")
         ):
             constants = dict(
-                COLUMNS=3072, HAS_BIAS=has_bias, QUICK=kind == "quick_gelu",
+                COLUMNS=3072, HAS_BIAS=has_bias, KIND=kind,
                 BLOCK_ROWS=activation.BLOCK[0], BLOCK_COLUMNS=activation.BLOCK[1],
             )  # fmt: skip
             constants |= {} if has_bias else {"bias_ptr": None}
@@ -120,8 +121,10 @@ def norms() -> Iterator[Case]:
     dtypes = [  # of the branch and what is normalised, and of the residual stream
         *(("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"), ("bf16", "fp32")),
     ]
-    for width, (element, stream), is_sum in product((768, 1024), dtypes, (False, True)):
+    kinds = [(True, 768), (True, 1024), (False, 1024)]
+    for (centres, width), (element, stream), is_sum in product(kinds, dtypes, (False, True)):
         tile = dict(C=width, ROWS=norm.TILE_ROWS, BLOCK_C=triton.next_power_of_2(width))
+        tile |= dict(CENTRES=centres)
         absent = [] if is_sum else ["residual_ptr"]
         forward = dict(HAS_RESIDUAL=is_sum, **dict.fromkeys(absent)) | tile
         absent = [] if is_sum else ["total_grad_ptr"]
@@ -138,11 +141,30 @@ def norms() -> Iterator[Case]:
             names = [name for name in kernel.arg_names if name not in constants]
             direction = "forward" if kernel is norm._norm_fwd_kernel else "backward"
             yield Case(
-                name=f"layer norm {direction}{' of a sum' * is_sum} C={width} {element}, "
-                f"residual {stream}",
+                name=f"{'layer' if centres else 'RMS'} norm {direction}{' of a sum' * is_sum} "
+                f"C={width} {element}, residual {stream}",
                 kernel=kernel,
                 types={name: types[name] for name in names},
                 constants=constants,
                 options=dict(num_warps=norm.SUMMER_WARPS if constants.get("SUMS") else norm.WARPS),
                 tensor_cores=False,
             )
+
+
+def rotations() -> Iterator[Case]:
+    for (tokens, heads), back, element in product(
+        [(201, 12), (197, 12), (577, 16)], (False, True), ("bf16", "fp16", "fp32")
+    ):
+        places = 576 if tokens == 577 else 196
+        constants = dict(
+            TOKENS=tokens, PLACES=places, WIDTH=3 * heads * 64, HALF=32, PAIRS=2 * heads * 32,
+            BACK=back, BLOCK_ROWS=rotary.BLOCK[0], BLOCK_PAIRS=rotary.BLOCK[1],
+        )  # fmt: skip
+        yield Case(
+            name=f"rotary {'back ' * back}N={tokens} P={places} H={heads} {element}",
+            kernel=rotary._turn_kernel,
+            types=dict(x_ptr=f"*{element}", table_ptr="*fp32", num_rows="i32"),
+            constants=constants,
+            options=dict(num_warps=rotary.WARPS),
+            tensor_cores=False,
+        )

@@ -28,28 +28,39 @@ def counted(run: Callable[[], Any]) -> int:
 def formula(config: ModelConfig, cls_only: bool = True) -> int:
     """Operations of one clip through a `VideoViT`, written down from the method.
 
-    `cls_only` is what the model does: its last block computes queries, projection and MLP for the
-    CLS token alone. Without it all blocks are alike, as in the published counts.
+    `cls_only` is what a model does that reads the CLS token: its last block computes queries,
+    projection and MLP for that alone. Without it all blocks are alike, as in the published counts.
     """
     tokens, width = config.num_tokens, config.width
-    patches = (tokens - 1) * width * 3 * config.patch_size**2
+    patches = config.grid**2 * width * 3 * config.patch_size**2
     blocks = [_block(config, tokens)] * (config.depth - 1)
-    blocks.append(_block(config, 1 if cls_only else tokens))
-    frame = patches + sum(blocks)
+    blocks.append(_block(config, 1 if cls_only and config.reads_class else tokens))
+    frame = patches + sum(blocks) + _pool(config)
     return 2 * (config.num_frames * frame + width * config.num_classes)
 
 
 def _block(config: ModelConfig, queries: int) -> int:
     """Multiply-adds of one block on one frame, of which `queries` tokens go on."""
     tokens, width = config.num_tokens, config.width
-    hidden = round(config.mlp_ratio * width)
+    first = config.hidden * (2 if config.activation == "swiglu" else 1)  # gates and values
     adapter = 2 * width * config.adapter_rank if config.adapter else 0
     key_value = tokens * (adapter + 2 * width * width)
     query = queries * width * width
     attention = 2 * queries * tokens * width
     projection = queries * (width * width + adapter)
-    mlp = queries * (2 * width * hidden + 2 * adapter)
+    mlp = queries * (width * (first + config.hidden) + 2 * adapter)
     return key_value + query + attention + projection + mlp
+
+
+def _pool(config: ModelConfig) -> int:
+    """Multiply-adds of what pools the tokens of one frame, if that is attention."""
+    if config.pooling != "attention":
+        return 0
+    tokens, width = config.num_tokens, config.width
+    hidden = round(width * config.pool_mlp_ratio)
+    first = hidden * (2 if config.activation == "swiglu" else 1)
+    key_value, attention = tokens * 2 * width * width, 2 * tokens * width
+    return key_value + attention + width * width + width * (first + hidden)
 
 
 def _stdha(qkv_shape, *_args, out_shape=None, **_kwargs) -> int:

@@ -1,14 +1,17 @@
 """Real image models of other libraries, small and random, and the authors' checkpoint layout."""
 
+import re
 import sys
 import types
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from models import build, small_config
 
 from bench.baselines.image_models import _declare_torchvision_operators
+from zeroi2v.bridges.timm_names import settings
 from zeroi2v.config import RECIPES
 from zeroi2v.model.vit import VideoViT
 
@@ -64,6 +67,31 @@ def transformers_config(**vision):
     sizes = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=3)
     sizes |= dict(image_size=32, patch_size=8, projection_dim=16)
     return CLIPVisionConfig(**(sizes | vision))
+
+
+# Parameters that add to the residual stream, and those before and after the activation.
+_ADDED = r"embed|_token|probe|ln_pre|pre_layrnorm|norm_pre|conv1"
+_ADDED += r"|(attn|attention)\.(proj|o_proj|out_proj|output\.dense)"
+_BEFORE = r"fc1|up_proj|gate_proj|intermediate|weights_in|c_fc"
+_AFTER = r"fc2|down_proj|weights_out|c_proj|\d\.output\.dense"
+
+
+def sensitive(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """`shake`n so that a wrong epsilon or activation shows.
+
+    The residual stream is small, and activations are near -2.5, where GELU itself is small and most
+    unlike its approximations.
+    """
+    shake(model, seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if re.search(_ADDED, name) and not name.startswith("head."):
+                parameter *= 0.01
+            elif re.search(_AFTER, name):
+                parameter *= 0.3
+            elif re.search(_BEFORE, name):
+                parameter.mul_(0.5).sub_(2.5 if name.endswith("bias") else 0)
+    return model
 
 
 def timm_model(name: str = "vit_base_patch16_clip_224", **sizes) -> torch.nn.Module:
@@ -184,3 +212,65 @@ def save_authors(
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """Norm of the difference over the norm of `theirs`."""
     return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
+
+
+def timm_features(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """What timm's head reads of each image, at any resolution."""
+    model.set_input_size(img_size=images.shape[-2:])
+    with torch.no_grad():
+        return model.forward_head(model.forward_features(images), pre_logits=True)
+
+
+def open_clip_trunk(name: str, pool: str, proj: str | None) -> tuple[torch.nn.Module, dict]:
+    """open_clip's model with an image tower of timm's, of depth 1 and heads of 16; its config."""
+    _declare_torchvision_operators()
+    import open_clip.timm_model
+
+    heads = settings(name)[1]["num_heads"]
+    vision = dict(timm_model_name=name, timm_pool=pool, timm_proj=proj, image_size=32)
+    text = dict(context_length=8, vocab_size=50, width=64, heads=1, layers=1)
+    config = dict(embed_dim=32, vision_cfg=vision, text_cfg=text)
+
+    def small(name, pretrained=False, **given):
+        return timm_model(name, embed_dim=16 * heads, num_heads=heads, depth=1, **given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        timm = types.SimpleNamespace(create_model=small)
+        patch.setattr(open_clip.timm_model, "timm", timm)
+        model = open_clip.model.CustomTextCLIP(**config)
+    return model.eval(), config | {"custom_text": True}
+
+
+def transformers_model(kind: str, **settings) -> torch.nn.Module:
+    """transformers' model called `kind`: width 48, 3 heads, depth 2, patch 8, 32 px."""
+    _declare_torchvision_operators()
+    import transformers
+
+    sizes = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, image_size=32)
+    sizes |= dict(patch_size=8) | settings
+    kind = getattr(transformers, kind)
+    return kind(kind.config_class(**sizes))
+
+
+def transformers_features(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """What transformers reads of each image, with positions resized as timm does, or PIL."""
+    from timm.layers import resample_abs_pos_embed
+
+    config, state = model.config.to_dict(), model.state_dict()
+    size = images.shape[-1]
+    if size != config["image_size"]:
+        for name in [
+            name for name in state if re.search(r"position_embeddings?(\.weight)?$", name)
+        ]:
+            shape = [size // config["patch_size"]] * 2
+            table = state[name].reshape(1, -1, state[name].shape[-1])
+            prefix = table.shape[1] - (config["image_size"] // config["patch_size"]) ** 2
+            table = resample_abs_pos_embed(table, shape, num_prefix_tokens=prefix)
+            state[name] = table if state[name].ndim == 3 else table[0]
+        model = type(model)(type(model.config)(**config | {"image_size": size})).eval()
+        model.load_state_dict(state)
+    with torch.no_grad():
+        out = model(images)
+    if type(model).__name__ == "ViTModel":  # whose pooler adds a layer
+        return out.last_hidden_state[:, 0]
+    return out.last_hidden_state.mean(1) if out.pooler_output is None else out.pooler_output

@@ -45,7 +45,10 @@ def test_strided_input_is_read_right():
 def test_large_values_neither_overflow_nor_turn_into_nan():
     x = torch.tensor([[-1e4, -100.0, -0.0, 0.0, 100.0, 1e4] * 4], device=DEVICE).requires_grad_()
     for kind in KINDS:
-        out = bias_activation(x, None, kind)
+        if kind == "swiglu":  # a gate beside a value of one
+            out = bias_activation(torch.cat([x, torch.ones_like(x)], -1), None, kind)
+        else:
+            out = bias_activation(x, None, kind)
         torch.testing.assert_close(out, x.clamp(min=0), rtol=0, atol=1e-6)
         (grad,) = torch.autograd.grad(out.sum(), x)
         assert grad.isfinite().all()
@@ -60,19 +63,23 @@ def test_two_runs_are_bit_equal():
     assert torch.equal(bias_activation(x, bias), bias_activation(x, bias))
 
 
+@pytest.mark.parametrize("kind", ["gelu", "swiglu"])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_is_a_well_formed_operator(has_bias):
+def test_is_a_well_formed_operator(kind, has_bias):
     x, bias = inputs((3, 32), torch.float32, has_bias)
-    torch.library.opcheck(activation_forward.op, (x, bias, "gelu"))
+    torch.library.opcheck(activation_forward.op, (x, bias, kind))
     bias = bias if bias is None else bias.detach()
-    torch.library.opcheck(activation_backward.op, (x.detach(), x.detach(), bias, "gelu"))
+    grad = bias_activation(x.detach(), bias, kind)
+    torch.library.opcheck(activation_backward.op, (grad, x.detach(), bias, kind))
 
 
 def test_wrong_arguments_are_refused():
     x = torch.zeros(2, 16)
-    with pytest.raises(ValueError, match="kind must be one of quick_gelu, gelu: got 'relu'"):
+    with pytest.raises(ValueError, match="kind must be one of quick_gelu, gelu, .*: got 'relu'"):
         bias_activation(x, None, "relu")
     with pytest.raises(ValueError, match=r"bias must be \[16\]: got \[2\]"):
         bias_activation(x, torch.zeros(2))
     with pytest.raises(ValueError, match=r"x must be float32, bfloat16 or float16: got torch.fl"):
         bias_activation(x.double())
+    with pytest.raises(ValueError, match="gates and values for swiglu: got 15 channels"):
+        bias_activation(x[:, :15], None, "swiglu")

@@ -18,8 +18,10 @@ from bench.baselines.image_models import _declare_torchvision_operators
 from zeroi2v import load_foreign
 from zeroi2v.bridges import open_clip as open_clip_bridge
 from zeroi2v.bridges import timm as timm_bridge
+from zeroi2v.bridges import timm_names
 from zeroi2v.bridges import transformers as transformers_bridge
 from zeroi2v.bridges.foreign import read_keys
+from zeroi2v.bridges.transformers_families import FAMILIES
 
 _declare_torchvision_operators()  # before any of the libraries is imported
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -92,7 +94,7 @@ def timm_says(folder):
     [
         ("act_layer", "quick_gelu", True),
         ("act_layer", "gelu", True),
-        ("act_layer", "gelu_tanh", False),
+        ("act_layer", "gelu_tanh", True),
         ("act_layer", "relu", False),
         ("num_heads", 4, True),
         ("num_heads", 1, True),
@@ -351,38 +353,85 @@ def test_every_config_that_open_clip_ships_is_read_or_refused_for_what_it_is():
         assert name in told and name not in refused, refused.get(name)
 
 
-def test_every_plain_vit_that_timm_publishes_has_a_config_without_an_unknown_key():
+def timm_architectures() -> dict[str, tuple[bool, dict]]:
+    """What timm itself makes of each name: whether it is an `Eva`, and its arguments."""
+    import timm
+    from timm.models import eva, vision_transformer
+
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for module, maker in (
+            (vision_transformer, "_create_vision_transformer"),
+            (eva, "_create_eva"),
+        ):
+            is_eva = module is eva
+            patch.setattr(
+                module,
+                maker,
+                lambda name, pretrained, _e=is_eva, **k: found.update({name: (_e, k)}),
+            )
+            for name in timm.list_models(module=module.__name__.rpartition(".")[2]):
+                timm.models.model_entrypoint(name)()
+    return found
+
+
+def test_names_of_timm_stand_for_what_they_stand_for_there():
+    unlike, taken = {}, 0
+    for name, (is_eva, theirs) in timm_architectures().items():
+        if (ours := timm_names.settings(name)) is None:
+            continue
+        taken += 1
+        norm = theirs.pop("norm_layer", None)
+        theirs["norm_eps"] = norm.keywords["eps"] if norm else 1e-6
+        gated = theirs.get("mlp_layer") is not None
+        for key, value in ours[1].items():
+            base = timm_names.EVA if is_eva else timm_names.VIT
+            other = theirs.get(key, base[key])
+            other = other[0] if key == "ref_feat_shape" and other else other
+            if key == "act_layer" and gated:
+                other = "silu"
+            if (ours[0], value) != (is_eva, other):
+                unlike[name] = (key, value, other)
+    assert taken > 130 and not unlike
+
+
+def test_every_vit_of_a_name_that_is_known_has_a_config_without_an_unknown_key():
     import timm
     from timm.models import get_pretrained_cfg
 
-    names = [n for n in timm.list_models("vit_*", pretrained=True) if "clip" in n or "dinov2" in n]
-    names += timm.list_models("deit3_*", pretrained=True)
+    names = [n for n in timm.list_pretrained() if timm_names.settings(n.partition(".")[0])]
     unknown = {}
     for name in names:
         config = get_pretrained_cfg(name).to_dict()
-        handled = {"architecture": None, "input_size": None, **timm_bridge._PIXELS}
-        errors = refusals(
-            partial(
-                read_keys, config, name, handled, timm_bridge._FIXED,
-                timm_bridge._HARMLESS,
-            )
-        )  # fmt: skip
-        if any("is not known" in error for error in errors):
+        handled = {"architecture": None, "input_size": None, "global_pool": None}
+        read = partial(
+            read_keys, config, name, handled | timm_bridge._PIXELS, harmless=timm_bridge._HARMLESS
+        )
+        if errors := refusals(read):
             unknown[name] = errors
-    assert len(names) > 40 and not unknown
+    assert len(names) > 150 and not unknown
 
 
 def test_configs_that_transformers_writes_have_no_unknown_key():
     import transformers
 
-    sections = [transformers.CLIPConfig(), transformers.CLIPVisionConfig()]
-    sections.append(transformers.CLIPConfig().vision_config)
-    for section in sections:
-        config = {k: v for k, v in section.to_dict().items() if k != "vision_config"}
-        read_keys(
-            config, "", transformers_bridge._HANDLED, transformers_bridge._FIXED,
-            transformers_bridge._HARMLESS,
-        )  # fmt: skip
+    kinds = "CLIP CLIPVision MetaClip2 MetaClip2Vision Siglip SiglipVision ViT Dinov2"
+    kinds += " Dinov2WithRegisters DINOv3ViT Aimv2 Aimv2Vision"
+    seen = set()
+    for kind in kinds.split():
+        config = getattr(transformers, f"{kind}Config")().to_dict()
+        family = next(f for f in FAMILIES if config["model_type"] in f.kinds)
+        seen.add(family.name)
+        fixed = transformers_bridge._FIXED | {"model_type": family.kinds} | family.fixed
+        sections = [config.pop("vision_config"), config] if "vision_config" in config else [config]
+        for section in sections:
+            read_keys(section, kind, family.handled, fixed, transformers_bridge._HARMLESS)
+        tower = sections[0]
+        unlike = {
+            k: (v, tower[k]) for k, v in family.handled.items() if k in tower and v != tower[k]
+        }
+        assert not unlike, (kind, unlike)  # the values of what a file leaves out
+    assert len(seen) == len(FAMILIES)
 
 
 # Values of another kind than a setting has

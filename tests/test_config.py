@@ -58,7 +58,10 @@ def test_the_nine_recipes_are_as_published():
         ),
         (lambda: ModelConfig(width=100), "width must be a multiple of num_heads 12: got 100"),
         (lambda: ModelConfig(depth=0), "depth must be at least 1: got 0"),
-        (lambda: ModelConfig(activation="relu"), "activation must be 'quick_gelu' or 'gelu': got"),
+        (
+            lambda: ModelConfig(activation="relu"),
+            "activation must be 'quick_gelu' or 'gelu' or 'gelu_tanh' or 'swiglu': got",
+        ),
         (lambda: ModelConfig(head_dropout=1.0), r"head_dropout must be in \[0, 1\): got 1.0"),
         (lambda: AdapterConfig(ratio=0.0), r"adapter.ratio must be in \(0, 1\]: got 0.0"),
         (lambda: AdapterConfig(dropout=-0.1), r"adapter.dropout must be in \[0, 1\): got -0.1"),

@@ -113,14 +113,14 @@ def norm_inputs():
 
 def norm_forward():
     x, residual, weight = norm_inputs()
-    return list(norm.norm_forward(x, residual, weight, weight + 1, 1e-5, HALF))
+    return list(norm.norm_forward(x, residual, weight, weight + 1, 1e-5, True, HALF))
 
 
 def norm_gradient():
     grad, total, weight = norm_inputs()
     variance, mean = torch.var_mean(total, -1, correction=0)
     rstd = (variance + 1e-5).rsqrt()
-    return list(norm.norm_backward(grad, total, total, mean, rstd, weight, True))
+    return list(norm.norm_backward(grad, total, total, mean, rstd, weight, True, True))
 
 
 OPERATORS = {  # what is computed, the kernel that does, and where it is looked up
@@ -208,11 +208,14 @@ def small_configurations():
             for kind in activation.KINDS:
                 yield activation._configuration(kernel, dtype, dtype, 200, kind)
         for columns in (48, 768):
-            yield norm._forward_trial(
-                dtype, torch.float32, torch.float32, torch.float32, dtype, columns
-            )
-            yield norm._backward_trial(dtype, None, dtype, torch.float32, False, columns)
-    yield norm._backward_trial(HALF, torch.float32, torch.float32, torch.float32, True, 48)
+            for centres in (True, False):
+                wide = (torch.float32,) * 3
+                yield norm._forward_trial(dtype, *wide, centres, dtype, columns)
+                rest = (centres, False, columns)
+                yield norm._backward_trial(dtype, None, dtype, torch.float32, *rest)
+    wide = (torch.float32,) * 3
+    yield norm._backward_trial(HALF, *wide, True, True, 48)
+    yield norm._backward_trial(HALF, *wide, False, True, 48)
 
 
 def swapped(x: torch.Tensor) -> None:

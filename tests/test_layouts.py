@@ -9,7 +9,7 @@ from zeroi2v_kernels import choice
 from zeroi2v_kernels.activation import bias_activation
 from zeroi2v_kernels.adapter_linear import Adapter, Dropout, adapt, adapt_grad
 from zeroi2v_kernels.adapter_linear_triton import dropout
-from zeroi2v_kernels.norm import add_layer_norm
+from zeroi2v_kernels.norm import add_norm
 from zeroi2v_kernels.stdha import stdha, stdha_split
 
 
@@ -73,7 +73,7 @@ OPERATORS = {  # the operator, shapes of its tensors, whether they have gradient
     "dropout": (lambda x: dropout(x, 2**15, seed(), 0)[0], [(140, 80)], False),
     "activation": (lambda x, b: bias_activation(x, b, "quick_gelu"), [(9, 200), (200,)], True),
     "norm": (
-        lambda x, r, w, b: torch.cat(add_layer_norm(x, r, w, b)),
+        lambda x, r, w, b: torch.cat(add_norm(x, r, w, b)),
         [(9, 48), (9, 48), (48,), (48,)],
         True,
     ),

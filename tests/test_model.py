@@ -9,7 +9,8 @@ from zeroi2v_kernels import choice
 
 from bench.baselines.image_models import open_clip_tower, transformers_clip
 from zeroi2v.config import RECIPES, ModelConfig
-from zeroi2v.model.vit import LayerNorm, PatchEmbedding, VideoViT
+from zeroi2v.model.norm import Norm
+from zeroi2v.model.vit import PatchEmbedding, VideoViT
 from zeroi2v.reparam import merge
 
 SHAPES = {
@@ -179,7 +180,7 @@ def test_autocast_to_bf16_stays_close():
 
 
 def test_layer_norm_keeps_float32_statistics_in_bf16():
-    norm = randomize(LayerNorm(64))
+    norm = randomize(Norm(64, ModelConfig()))
     x = 300 + torch.randn(5, 64)  # bf16 statistics would lose the variance beside such a mean
     expected = torch.nn.functional.layer_norm(x.bfloat16().float(), (64,), norm.weight, norm.bias)
     out = norm.bfloat16()(x.bfloat16())
@@ -188,7 +189,7 @@ def test_layer_norm_keeps_float32_statistics_in_bf16():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_layer_norm_of_half_precision_is_as_good_as_one_computed_in_float32(dtype):
-    norm = randomize(LayerNorm(768)).to(dtype)
+    norm = randomize(Norm(768, ModelConfig())).to(dtype)
     x = (20 * torch.randn(768) + torch.randn(500, 768)).to(dtype)
     truth, wide = (
         torch.nn.functional.layer_norm(x.to(t), (768,), norm.weight.to(t), norm.bias.to(t))

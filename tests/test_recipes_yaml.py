@@ -1,12 +1,20 @@
-"""The nine published recipes as YAML: each value of the published table, and a true header."""
+"""The recipes as YAML: each value of the published table, and a true header.
 
+Those of other backbones than CLIP are for models of the libraries that publish the weights.
+"""
+
+import dataclasses
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 
 import pytest
+from foreign import timm_model, transformers_model
+from models import build
 
-from zeroi2v.config import RECIPES
+from zeroi2v.bridges.load import load_backbone
+from zeroi2v.config import CLIP_MEAN, CLIP_STD, RECIPES, spread_offsets
 from zeroi2v.train.config import load_config
 
 CONFIGS = Path(__file__).parents[1] / "zeroi2v" / "train" / "configs"
@@ -133,3 +141,93 @@ def test_expected_memory_is_what_is_kept_for_backward_and_little_more(name):
     assert 1.0 <= int(whole) / (kept + weights) <= 1.3
     needed = int(re.search(r"GPUs of (\d+) GB", text)[1])
     assert 1.2 <= needed / int(whole) <= 2.1
+
+
+IMAGENET = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+HALF = (127.5, 127.5, 127.5), (127.5, 127.5, 127.5)
+
+
+def of_timm(name: str, width: int, heads: int, patch: int, **settings) -> partial:
+    shape = dict(embed_dim=width, num_heads=heads, patch_size=patch, img_size=224, depth=1)
+    return partial(timm_model, name, **shape, **settings)
+
+
+def of_transformers(kind: str, width: int, heads: int, patch: int, hidden: int, **settings):
+    shape = dict(hidden_size=width, num_attention_heads=heads, patch_size=patch, image_size=224)
+    shape |= dict(num_hidden_layers=1, intermediate_size=hidden)
+    return partial(transformers_model, kind, **shape, **settings)
+
+
+# The published sizes, and mean and standard deviation of the images.
+BACKBONES = {
+    "augreg_b16": (of_timm("vit_base_patch16_224", 768, 12, 16), HALF),
+    "dinov2_b14": (of_timm("vit_base_patch14_reg4_dinov2", 768, 12, 14), IMAGENET),
+    "dinov3_b16": (
+        of_transformers("DINOv3ViTModel", 768, 12, 16, 3072, num_register_tokens=4),
+        IMAGENET,
+    ),
+    "siglip2_b16": (of_transformers("SiglipVisionModel", 768, 12, 16, 3072), HALF),
+    "pe_core_b16": (of_timm("vit_pe_core_base_patch16_224", 768, 12, 16), HALF),
+    "eva02_clip_b16": (
+        of_timm("eva02_base_patch16_clip_224", 768, 12, 16),
+        (CLIP_MEAN, CLIP_STD),
+    ),
+    "metaclip2_h14": (
+        of_transformers("MetaClip2VisionModel", 1280, 16, 14, 5120),
+        (CLIP_MEAN, CLIP_STD),
+    ),
+    "aimv2_l14": (
+        of_transformers("Aimv2VisionModel", 1024, 8, 14, 2816, use_head=False),
+        (CLIP_MEAN, CLIP_STD),
+    ),
+}
+
+
+def test_there_is_one_file_for_each_family_of_backbones():
+    assert {path.stem for path in (CONFIGS / "backbones").glob("*.yaml")} == set(BACKBONES)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_backbone_recipe_takes_the_librarys_weights(name, tmp_path):
+    make, (mean, std) = BACKBONES[name]
+    model = make()
+    if make.func is timm_model:
+        from timm.models._hub import save_for_hf
+
+        save_for_hf(model, tmp_path, safe_serialization=True)
+    else:
+        model.save_pretrained(tmp_path)
+    video = load_config(f"backbones/{name}").model.video
+    load_backbone(build(dataclasses.replace(video, depth=1)), tmp_path)
+    pixels = video.preprocess
+    assert (pixels.mean, pixels.std) == (mean, std)
+    assert (pixels.interpolation, pixels.antialias) == ("bicubic", True)
+    assert video.head_offsets == spread_offsets(video.num_heads)
+    assert any(video.head_offsets) and sum(video.head_offsets) == 0
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_backbone_recipe_is_the_published_one_in_all_else(name):
+    config = load_config(f"backbones/{name}")
+    other = load_config("vit_b16_k400_8x16" if "b1" in name else "vit_l14_k400_8x16")
+    assert (config.optim, config.augment) == (other.optim, other.augment)
+    ours, theirs = config.model.video, other.model.video
+    for field in ("num_frames", "num_classes", "adapter", "head_dropout", "image_size"):
+        assert getattr(ours, field) == getattr(theirs, field)
+    for field in ("sampling", "interval", "test_views", "val_short_side", "test_short_side"):
+        assert getattr(ours.preprocess, field) == getattr(theirs.preprocess, field)
+    assert config.run.dir == f"runs/{name}" and config.model.backbone is None
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_backbone_recipes_header_tells_the_command_and_that_nothing_is_measured(name):
+    text = header(f"backbones/{name}")
+    assert "Top-1: not yet measured." in text and "time: not yet measured" in text
+    command = next(
+        shlex.split(line)
+        for line in text.replace("\\\n", " ").splitlines()
+        if line.startswith("deepspeed")
+    )
+    recipe = command[command.index("--config") + 1]
+    config = load_config(recipe, [word for word in command if re.match(r"\w+\.\w+=", word)])
+    assert recipe == f"backbones/{name}" and config.model.backbone and config.data.root

@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from models import build, small_config
+from models import build, family_config, small_config
 from PIL import Image
 from videos import write_numbered
 from zeroi2v_kernels.stdha import source_frames
 
 from zeroi2v import visualize
 from zeroi2v.cli import run
-from zeroi2v.config import PreprocessConfig
+from zeroi2v.config import ModelConfig, PreprocessConfig
 from zeroi2v.drawing.attention_maps import MAX_COLUMNS, Row, draw_grid, draw_strip, lit
 from zeroi2v.reparam import merge
-from zeroi2v.visualize import attention_maps, parse_patch, read_clip, rows_of
+from zeroi2v.visualize import attention_maps, parse_query, read_clip, rows_of, token_of, usual_query
 
 
 @pytest.fixture(scope="module")
@@ -85,14 +85,14 @@ def test_merged_model_looks_where_the_adapted_one_does(model):
 
 def test_each_shifted_head_has_a_row_and_the_spatial_heads_one_for_their_mean(model):
     attention = attention_maps(model, random_clip(model), [1])[1]
-    rows = rows_of(attention, model.config.head_offsets, None)
+    rows = rows_of(attention, model.config, None)
     assert [row.name for row in rows] == [*(f"head {h}" for h in range(4)), "mean of heads 4-11"]
     assert [row.offset for row in rows] == [-1, 1, -2, 2, 0]
     assert [row.sources[0] for row in rows] == [0, 1, 0, 2, 0]
     assert rows[4].patches == pytest.approx(
         attention[:, 4:, 1:].mean(1).unflatten(-1, (2, 2)).numpy()
     )
-    chosen = rows_of(attention, model.config.head_offsets, [7, 1])
+    chosen = rows_of(attention, model.config, [7, 1])
     assert [(row.name, row.offset) for row in chosen] == [("head 7", 0), ("head 1", 1)]
     assert chosen[1].meaning == "reads the frame after"
 
@@ -209,6 +209,29 @@ def test_bad_model_or_video_is_one_line(folder, tmp_path, capsys):
 
 
 def test_patch_is_row_and_column():
-    assert parse_patch("5, 8", 14) == (5, 8)
-    with pytest.raises(ValueError, match=r"in 0..13: got '14,0'"):
-        parse_patch("14,0", 14)
+    config = ModelConfig()
+    assert parse_query("5, 8", config) == (5, 8)
+    assert parse_query("cls", config) is None and usual_query(config) is None
+    assert token_of((5, 8), config) == 1 + 5 * 14 + 8
+    with pytest.raises(ValueError, match=r"cls, or ROW,COLUMN in 0..13: got '14,0'"):
+        parse_query("14,0", config)
+
+
+def test_a_model_without_class_token_is_asked_by_its_middle_patch():
+    config = family_config("SigLIP")
+    assert usual_query(config) == (2, 2) and token_of((2, 2), config) == 10
+    with pytest.raises(ValueError, match=r"--query must be ROW,COLUMN in 0..3: got 'cls'"):
+        parse_query("cls", config)
+    registers = family_config("DINOv3")
+    assert token_of(None, registers) == 0 and token_of((0, 0), registers) == 5
+
+
+@pytest.mark.parametrize("family", ["DINOv3", "SigLIP"])
+def test_weights_of_other_families_are_those_of_their_patches(family):
+    model = build(family_config(family))
+    maps = attention_maps(model, random_clip(model), [0], token_of((0, 0), model.config))[0]
+    torch.testing.assert_close(maps.sum(-1), torch.ones(maps.shape[:2]))
+    (row, *_) = rows_of(maps, model.config, [0])
+    assert row.patches.shape[1:] == (4, 4)
+    expected = maps[:, 0, model.config.num_prefix :].unflatten(-1, (4, 4)).numpy()
+    assert row.patches == pytest.approx(expected)

@@ -13,6 +13,11 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+Activation = Literal["quick_gelu", "gelu", "gelu_tanh", "swiglu"]
+Norm = Literal["layer", "rms"]
+Pooling = Literal["class", "mean", "attention"]
+_CHOICES = {"activation": Activation, "norm": Norm, "pooling": Pooling}
+
 # Mean and standard deviation of CLIP's training images, on 0..255 pixel values.
 CLIP_MEAN = (122.769, 116.74, 104.04)
 CLIP_STD = (68.493, 66.63, 70.321)
@@ -91,8 +96,37 @@ class PreprocessConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RotaryConfig:
+    """Rotary positions on two axes: each pair of a head's channels is turned by its angle.
+
+    Row (or column) i of a grid of g patches is at coordinate `start + span * (i + offset) / g`; the
+    angle of pair p of D/4 is that times `base ** (-p / (D/4))`. Pair p of the first D/4 is channels
+    p and D/2 + p of a head and follows the row, the next D/4 follow the column. The tokens before
+    the patches are not turned.
+
+    Source: RoFormer (arXiv 2104.09864); on two axes EVA-02 (arXiv 2303.11331).
+    """
+
+    base: float = 10000.0
+    """Ratio of the highest frequency to the lowest, nearly."""
+    span: float = 16.0
+    """Length of the image's side, whatever the number of patches; in radians at frequency 1."""
+    start: float = 0.0
+    """Coordinate of the image's edge."""
+    offset: float = 0.0
+    """Where in a patch its coordinate is taken: 0 at its edge, 0.5 at its centre."""
+
+    def __post_init__(self):
+        require(self.base > 1, "rotary.base", "must be above 1", self.base)
+        require(self.span > 0, "rotary.span", "must be positive", self.span)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """A video ViT: a CLIP image transformer whose shifted heads read a neighbouring frame."""
+    """A video ViT: an image transformer whose shifted heads read a neighbouring frame.
+
+    The defaults are those of CLIP; other families differ in what a block is made of.
+    """
 
     image_size: int = 224
     """Height and width of the input, in pixels."""
@@ -110,12 +144,37 @@ class ModelConfig:
     """Frames T of a clip."""
     num_classes: int = 400
     """Size of the classifier's output."""
-    head_offsets: tuple[int, ...] = (-1, 1) + (0,) * 10
-    """For each head, which frame its keys and values come from, relative to the query's frame."""
-    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
-    """Activation of the MLP; OpenAI's CLIP uses quick_gelu: x * sigmoid(1.702 x)."""
+    head_offsets: tuple[int, ...] | Literal["auto"] = (-1, 1) + (0,) * 10
+    """For each head, which frame its keys and values come from, relative to the query's frame;
+    `auto` is replaced by `spread_offsets`."""
+    activation: Activation = "quick_gelu"
+    """Activation of the MLP; OpenAI's CLIP uses quick_gelu: x * sigmoid(1.702 x). With swiglu the
+    first layer is twice as wide, a gate and a value, and gives silu(gate) * value."""
+    norm: Norm = "layer"
+    """Layer norm, or RMS norm, which subtracts no mean."""
+    norm_eps: float = 1e-5
+    """Added to the variance in every norm."""
     ln_pre: bool = True
-    """Whether a layer norm comes before the blocks, as in CLIP; other ViTs have none."""
+    """Whether a norm comes before the blocks, as in CLIP; most other ViTs have none."""
+    norm_patches: bool = False
+    """Whether a norm comes after the patches' projection, before positions are added (AIMv2)."""
+    norm_attended: bool = False
+    """Whether a norm comes between attention and its output projection (EVA-02 CLIP)."""
+    norm_hidden: bool = False
+    """Whether a norm comes between the activation and the MLP's second layer (EVA-02)."""
+    class_token: bool = True
+    """Whether a learned class token goes before the patches."""
+    num_registers: int = 0
+    """Learned register tokens between class token and patches (DINOv2, DINOv3)."""
+    rotary: RotaryConfig | None = None
+    """Rotary positions of queries and keys, beside the positions that are added."""
+    pooling: Pooling = "class"
+    """What stands for a frame: the class token, the mean of the patches, or what a learned query
+    reads from all tokens (SigLIP, PE)."""
+    pool_heads: int = 12
+    """Heads of the attention that pools, if it does."""
+    pool_mlp_ratio: float = 4.0
+    """Width of its MLP's hidden layer as a multiple of `width`."""
     adapter: AdapterConfig | None = field(default_factory=AdapterConfig)
     """The adapters, or None for a plain or merged model."""
     head_dropout: float = 0.5
@@ -128,6 +187,8 @@ class ModelConfig:
     def __post_init__(self):
         for name in ("image_size", "patch_size", "width", "depth", "num_heads", "num_frames"):
             require(getattr(self, name) >= 1, name, "must be at least 1", getattr(self, name))
+        if self.head_offsets == "auto":
+            object.__setattr__(self, "head_offsets", spread_offsets(self.num_heads))
         sides = {
             "val_short_side": round(self.image_size * 8 / 7),
             "test_short_side": self.image_size,
@@ -159,12 +220,22 @@ class ModelConfig:
                 "head_offsets needs one entry per head: "
                 f"got {len(self.head_offsets)} for {self.num_heads} heads"
             )
-        require(
-            self.activation in ("quick_gelu", "gelu"),
-            "activation",
-            "must be 'quick_gelu' or 'gelu'",
-            self.activation,
-        )
+        for name, choices in _CHOICES.items():
+            known = typing.get_args(choices)
+            rule = f"must be {' or '.join(map(repr, known))}"
+            require(getattr(self, name) in known, name, rule, getattr(self, name))
+        require(self.norm_eps > 0, "norm_eps", "must be positive", self.norm_eps)
+        registers = self.num_registers
+        require(registers >= 0, "num_registers", "must be at least 0", registers)
+        has_class = self.class_token or self.pooling != "class"
+        require(has_class, "pooling", "must not be 'class' without class_token", self.pooling)
+        if self.rotary:
+            rule = "needs heads of a multiple of 4 channels"
+            require(self.head_dim % 4 == 0, "rotary", rule, self.head_dim)
+        if self.pooling == "attention":
+            rule = f"must divide width {self.width}"
+            heads = self.pool_heads
+            require(heads >= 1 and self.width % heads == 0, "pool_heads", rule, heads)
         require(0 <= self.head_dropout < 1, "head_dropout", "must be in [0, 1)", self.head_dropout)
         if self.labels and classes not in (None, len(self.labels)):
             raise ValueError(
@@ -183,9 +254,24 @@ class ModelConfig:
         return self.image_size // self.patch_size
 
     @property
+    def num_prefix(self) -> int:
+        """Tokens of one frame that come before its patches: class token and registers."""
+        return self.class_token + self.num_registers
+
+    @property
     def num_tokens(self) -> int:
-        """Tokens N of one frame: the patches and the CLS token."""
-        return self.grid**2 + 1
+        """Tokens N of one frame: those before the patches, and the patches, row by row."""
+        return self.num_prefix + self.grid**2
+
+    @property
+    def hidden(self) -> int:
+        """Width of the MLP's hidden layer."""
+        return round(self.width * self.mlp_ratio)
+
+    @property
+    def reads_class(self) -> bool:
+        """Whether nothing but the class token leaves the last block."""
+        return self.pooling == "class"
 
     @property
     def adapter_rank(self) -> int:
@@ -200,6 +286,16 @@ class ModelConfig:
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
         """Inverse of `to_dict`. Raises ValueError that names an unknown key or a wrong type."""
         return build_dataclass(cls, values)
+
+
+def spread_offsets(num_heads: int) -> tuple[int, ...]:
+    """Offsets for a backbone without a recipe: a quarter of the heads read a neighbouring frame.
+
+    Half of these, the first ones, read the frame before and half the one after, by turns; there are
+    two at least, if there are as many heads. The recipes shift a sixth to nearly a half.
+    """
+    pairs = min(max(1, round(num_heads / 8)), num_heads // 2)
+    return (-1, 1) * pairs + (0,) * (num_heads - 2 * pairs)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

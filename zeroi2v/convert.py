@@ -4,9 +4,11 @@
     python -m zeroi2v.convert CONFIG.py --out CONFIG.yaml
 
 SOURCE is a file or folder of OpenAI's CLIP, open_clip, transformers or timm, or a checkpoint of
-the ZeroI2V authors; its content shows which. An image model becomes a backbone to train from, or
-with --recipe the untrained video model of that recipe. `key=value` sets a field of
-`ModelConfig`, for what the file does not say: `activation=gelu`, `num_heads=16`, `image_size=336`.
+the ZeroI2V authors; its content shows which, and which family: CLIP, DINOv2, DINOv3, SigLIP, PE,
+EVA02-CLIP, AIMv2, a plain ViT. A LoRA adapter of peft beside the weights is melted in. An image
+model becomes a backbone to train from, or with --recipe the untrained video model of that recipe.
+`key=value` sets a field of `ModelConfig`, for what the file does not say or for a video model
+without a recipe: `activation=gelu`, `num_heads=16`, `image_size=336`, `head_offsets=auto`.
 """
 
 from __future__ import annotations
@@ -73,6 +75,11 @@ def main(argv: list[str]) -> None:
     print(
         f"model        width {config.width}, depth {config.depth}, {config.num_heads} heads, patch "
         f"{config.patch_size}, {config.image_size} px, {config.activation}"
+    )
+    positions = "" if config.rotary is None else ", rotary positions"
+    print(
+        f"tokens       {config.num_tokens} a frame, {config.num_registers} of them registers"
+        f"{positions}; pooling {config.pooling}; {config.norm} norm, eps {config.norm_eps}"
     )
     print(f"video        {config.num_frames} frames, offsets {list(config.head_offsets)}")
     for note in foreign.notes:

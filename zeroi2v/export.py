@@ -99,6 +99,8 @@ def export(
         )
     if model.config.adapter is not None:
         raise ValueError("model must be merged: it has adapters")
+    if format == "clip":
+        _check_clip(model.config)
     model = copy.deepcopy(model).to(dtype).eval()
     if format == "clip":
         with whole_file(path) as temporary:
@@ -150,6 +152,10 @@ class GroupedAttention(nn.Module):
             self.queries.append(_linear(weight[:1, group], bias[:1, group]))
             self.keys_values.append(_linear(weight[1:, group], bias[1:, group]))
         order = [h for group in heads.values() for h in group]
+        self.rotary, self.ln = attention.rotary, copy.deepcopy(attention.ln)
+        if self.ln:
+            for parameter in self.ln.parameters():
+                parameter.data = parameter.data.unflatten(0, (len(offsets), -1))[order].flatten()
         self.out_proj = copy.deepcopy(attention.out_proj)
         columns = self.out_proj.weight.detach().unflatten(1, (len(offsets), -1))
         self.out_proj.weight = nn.Parameter(columns[:, order].flatten(1))
@@ -166,11 +172,25 @@ class GroupedAttention(nn.Module):
                 both = torch.cat([both[:, :-offset], both[:, :offset]], dim=1)
             elif offset > 0:
                 both = torch.cat([both[:, offset:], both[:, frames - offset :]], dim=1)
+            if self.rotary:
+                query = query if self.cls_only else self._turned(query)
+                both = torch.cat([self._turned(both[:, :, :, :heads]), both[:, :, :, heads:]], 3)
             query = query.flatten(0, 1).transpose(1, 2)  # [B*T, H, M, D]
             key, value = both.flatten(0, 1).transpose(1, 2).split(heads, dim=1)
             outs.append(F.scaled_dot_product_attention(query, key, value).transpose(1, 2))
         out = torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]
-        return self.out_proj(out.flatten(-2).unflatten(0, (-1, frames)))
+        out = out.flatten(-2).unflatten(0, (-1, frames))
+        return self.out_proj(self.ln(out) if self.ln else out)
+
+    def _turned(self, x: Tensor) -> Tensor:
+        """`x [B, T, N, H, D]` with its last P tokens turned, as by `zeroi2v_kernels.rotary`."""
+        table = self.rotary.table(torch.float32)
+        places = table.shape[1]
+        before, patches = x.split((x.shape[2] - places, places), dim=2)
+        cosines, sines = table[:, :, None]  # [P, 1, D/2] each
+        first, second = patches.chunk(2, dim=-1)
+        turned = [first * cosines - second * sines, second * cosines + first * sines]
+        return torch.cat([before, torch.cat(turned, dim=-1).to(x.dtype)], dim=2)
 
 
 class _OfClips(nn.Module):
@@ -182,10 +202,10 @@ class _OfClips(nn.Module):
     def __init__(self, model: VideoViT):
         super().__init__()
         self.model = copy.deepcopy(model).requires_grad_(False)
-        blocks = self.model.transformer.resblocks
+        blocks, config = self.model.transformer.resblocks, model.config
         for index, block in enumerate(blocks):
-            last = index == len(blocks) - 1
-            block.attn = GroupedAttention(block.attn, model.config.num_frames, last)
+            cls_only = config.reads_class and index == len(blocks) - 1
+            block.attn = GroupedAttention(block.attn, config.num_frames, cls_only)
 
     @property
     def config(self) -> ModelConfig:
@@ -269,6 +289,18 @@ def _write_onnx(file: _OfClips, path: Path) -> None:
         )
     exported.model.metadata_props[CONFIG_KEY] = embedded(file.config, file.takes)
     exported.save(path, external_data=False)
+
+
+def _check_clip(config: ModelConfig) -> None:
+    """Raises ValueError for a model with parts that no CLIP has and no reader of CLIP expects."""
+    clip = ModelConfig()
+    parts = ["norm", "norm_eps", "norm_attended", "norm_hidden", "rotary"]
+    parts += ["class_token", "num_registers", "pooling"]
+    theirs = {name: (getattr(clip, name),) for name in parts}
+    for name, values in (theirs | {"activation": ("quick_gelu", "gelu")}).items():
+        if (value := getattr(config, name)) not in values:
+            rule = " or ".join(map(str, values))
+            raise ValueError(f"format clip needs a model with {name} {rule}: got {value}")
 
 
 def _write_clip(model: VideoViT, path: Path) -> None:

@@ -24,12 +24,12 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 from zeroi2v_kernels.stdha import source_frames
 
 from zeroi2v.cli import run
+from zeroi2v.config import ModelConfig
 from zeroi2v.data.annotations import Sample
 from zeroi2v.data.views import ViewLoader
 from zeroi2v.drawing.attention_maps import Row, draw_grid, draw_strip
@@ -53,7 +53,7 @@ def attention_maps(
         model: adapted, merged or plain, in eval mode.
         video: one normalised clip, `[1, 3, T, H, W]`.
         layers: blocks to look into, from 0.
-        token: the query; 0 is CLS, 1 the first patch.
+        token: the query; those before the patches come first, of these CLS.
     Returns:
         For each layer, float32 `[T, H, N]` on the CPU: the softmax over the N tokens of the frame
         that head h reads for query frame t, which is `source_frames(T, head_offsets[h])[t]`.
@@ -62,9 +62,7 @@ def attention_maps(
     for number, block in enumerate(model.transformer.resblocks):
         if number in layers:
             attn = block.attn
-            qkv = F.linear(
-                attn.in_adapter(block.ln_1(x)), attn.in_proj_weight, attn.in_proj_bias
-            ).unflatten(-1, (3, attn.num_heads, -1))
+            qkv = attn.project(attn.in_adapter(block.ln_1(x)))
             query, key, _ = qkv[0].float().unbind(2)  # [T, N, H, D]
             sources = (source_frames(len(key), offset) for offset in attn.head_offsets)
             key = torch.stack([key[frames, :, h] for h, frames in enumerate(sources)], dim=2)
@@ -96,16 +94,13 @@ def read_clip(model: VideoViT, path: str) -> Clip:
     return Clip(video, images.permute(1, 2, 3, 0).numpy())
 
 
-def rows_of(
-    attention: Tensor, head_offsets: Sequence[int], heads: Sequence[int] | None
-) -> list[Row]:
-    """What to draw of one layer's `attention [T, H, N]`, head by head.
+def rows_of(attention: Tensor, config: ModelConfig, heads: Sequence[int] | None) -> list[Row]:
+    """What to draw of one layer's `attention [T, H, N]` in a model of `config`, head by head.
 
     `heads` are drawn each by itself; None draws every shifted head, and the mean of the others.
     """
-    num_frames, _, num_tokens = attention.shape
-    side = round((num_tokens - 1) ** 0.5)
-    patches = attention[:, :, 1:].unflatten(-1, (side, side)).numpy()
+    num_frames, head_offsets = len(attention), config.head_offsets
+    patches = attention[:, :, config.num_prefix :].unflatten(-1, (config.grid, -1)).numpy()
     spatial = [h for h, offset in enumerate(head_offsets) if offset == 0]
     if heads is None:
         groups = [[h] for h, offset in enumerate(head_offsets) if offset]
@@ -161,7 +156,9 @@ def main(argv: list[str]) -> None:
         "--heads", type=int, nargs="+", metavar="N", help="default: the shifted; others as a mean"
     )
     parser.add_argument(
-        "--query", default="cls", help="who looks: cls or a patch as ROW,COLUMN (default: cls)"
+        "--query",
+        help="who looks: cls or a patch as ROW,COLUMN (default: cls, or the patch in the middle of "
+        "a model without class token)",
     )
     parser.add_argument("--frame", type=int, help="query frame of the still (default: the middle)")
     args = parser.parse_args(argv)
@@ -175,8 +172,8 @@ def main(argv: list[str]) -> None:
         for value in values:
             if not 0 <= value < limits[name]:
                 raise ValueError(f"--{name} must be in 0..{limits[name] - 1}: got {value}")
-    query = None if args.query == "cls" else parse_patch(args.query, config.grid)
-    token = 0 if query is None else 1 + query[0] * config.grid + query[1]
+    query = usual_query(config) if args.query is None else parse_query(args.query, config)
+    token = token_of(query, config)
     clip = read_clip(model, args.video)
     out = Path("attention", Path(args.video).stem) if args.out is None else Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -186,14 +183,14 @@ def main(argv: list[str]) -> None:
     with torch.no_grad():
         best = model(video).float().softmax(-1)[0].max(0)
     label = config.labels[int(best.indices)] if config.labels else f"class {int(best.indices)}"
-    who = "CLS, which the class is read from" if query is None else "the patch framed in white"
+    who = name_of(query)
     print(f"predicted    {label} ({best.values:.0%}, this clip alone)")
     for layer in layers:
         about = (
             f"{Path(args.video).name}: predicted {label} ({best.values:.0%})",
             f"layer {layer} of 0 to {config.depth - 1}; the query is {who}",
         )
-        rows = rows_of(maps[layer], config.head_offsets, args.heads)
+        rows = rows_of(maps[layer], config, args.heads)
         files = [out / f"layer{layer}{end}" for end in (".png", f"_frame{frame}.png", ".mp4")]
         save_picture(draw_grid(clip.images, rows, about, query), files[0])
         frames = tqdm(range(config.num_frames), f"layer {layer}", disable=None, leave=False)
@@ -203,14 +200,32 @@ def main(argv: list[str]) -> None:
         print(f"written      {', '.join(map(str, files))}")
 
 
-def parse_patch(text: str, grid: int) -> tuple[int, int]:
-    """`"5,8"` -> (5, 8): row and column of a patch. Raises ValueError."""
+def usual_query(config: ModelConfig) -> tuple[int, int] | None:
+    """Who looks unless told: CLS (None), or in a model without it the patch in the middle."""
+    return None if config.class_token else (config.grid // 2, config.grid // 2)
+
+
+def token_of(query: tuple[int, int] | None, config: ModelConfig) -> int:
+    """The number of the token that is `query`: row and column of a patch, or None for CLS."""
+    return 0 if query is None else config.num_prefix + query[0] * config.grid + query[1]
+
+
+def name_of(query: tuple[int, int] | None) -> str:
+    """Who looks, for the reader of a picture."""
+    return "CLS, which the class is read from" if query is None else "the patch framed in white"
+
+
+def parse_query(text: str, config: ModelConfig) -> tuple[int, int] | None:
+    """`"5,8"` -> (5, 8): row and column of a patch; `"cls"` -> None. Raises ValueError."""
+    if text == "cls" and config.class_token:
+        return None
     parts = text.split(",")
     if len(parts) == 2 and all(part.strip().isdigit() for part in parts):
         row, column = (int(part) for part in parts)
-        if max(row, column) < grid:
+        if max(row, column) < config.grid:
             return row, column
-    raise ValueError(f"--query must be cls, or ROW,COLUMN in 0..{grid - 1}: got {text!r}")
+    allowed = "cls, or " if config.class_token else ""
+    raise ValueError(f"--query must be {allowed}ROW,COLUMN in 0..{config.grid - 1}: got {text!r}")
 
 
 def save_picture(picture: np.ndarray, path: Path) -> None:

@@ -1,12 +1,15 @@
 """Bias and activation in one pass over memory, forward and backward, in Triton.
 
-    out = act(x + bias)        quick_gelu: act(u) = u sigmoid(1.702 u)
-                               gelu:       act(u) = u (1 + erf(u / sqrt 2)) / 2
+    out = act(x + bias)     quick_gelu: act(u) = u sigmoid(1.702 u)
+                            gelu:       act(u) = u (1 + erf(u / sqrt 2)) / 2
+                            gelu_tanh:  act(u) = u (1 + tanh(sqrt(2 / pi) (u + 0.044715 u^3))) / 2
+                            swiglu:     act(u, v) = u sigmoid(u) v, for x of gates u, then values v
 
 Written in PyTorch, QuickGELU reads and writes its operand seven times. The backward pass computes
 act'(x + bias) again from x. Arithmetic is in float32. Importing this module imports triton.
 
-Source: QuickGELU is CLIP's (arXiv 2103.00020, its released model.py).
+Source: QuickGELU is CLIP's (arXiv 2103.00020, its released model.py); GELU, arXiv 1606.08415;
+SwiGLU, arXiv 2002.05202.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from zeroi2v_kernels.device import ceil_div, on_device, operator, packed
 from zeroi2v_kernels.dot import INTERPRET
 from zeroi2v_kernels.launch import Launcher
 
-KINDS = ("quick_gelu", "gelu")
+KINDS = ("quick_gelu", "gelu", "gelu_tanh", "swiglu")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK = (4, 1024)  # rows and columns of a program's tile
 WARPS = 8
@@ -35,11 +38,16 @@ WARPS = 8
 def bias_activation_reference(x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     """The definition of the op, in plain PyTorch. Arguments and result as in `bias_activation`."""
     u = x if bias is None else x + bias
-    return u * torch.sigmoid(1.702 * u) if kind == "quick_gelu" else F.gelu(u)
+    if kind == "swiglu":
+        gate, value = u.chunk(2, -1)
+        return gate * torch.sigmoid(gate) * value
+    if kind == "quick_gelu":
+        return u * torch.sigmoid(1.702 * u)
+    return F.gelu(u, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
 def bias_activation(x: Tensor, bias: Tensor | None = None, kind: str = "quick_gelu") -> Tensor:
-    """`act(x + bias)` of `x [..., C]` and `bias [C]`, in the dtype of `x`.
+    """`act(x + bias)` of `x [..., C]` and `bias [C]`, in the dtype of `x`; for swiglu `[..., C/2]`.
 
     Raises ValueError for a shape, dtype, device or kind that does not fit.
     """
@@ -47,6 +55,8 @@ def bias_activation(x: Tensor, bias: Tensor | None = None, kind: str = "quick_ge
         raise ValueError(f"kind must be one of {', '.join(KINDS)}: got {kind!r}")
     if bias is not None and bias.shape != x.shape[-1:]:
         raise ValueError(f"bias must be [{x.shape[-1]}]: got {list(bias.shape)}")
+    if kind == "swiglu" and x.shape[-1] % 2:
+        raise ValueError(f"x must have gates and values for swiglu: got {x.shape[-1]} channels")
     if x.dtype not in _DTYPES:
         raise ValueError(f"x must be float32, bfloat16 or float16: got {x.dtype}")
     if not (x.is_cuda or INTERPRET):
@@ -64,41 +74,71 @@ def _tile(COLUMNS, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
     return rows[:, None], columns[None, :]
 
 
+@triton.jit
+def _sigmoid_and_slope(u, KIND: tl.constexpr):
+    """Factor s of act(u) = u s, and act'(u), for a tile u of float32."""
+    if KIND == "gelu":
+        s = 0.5 + 0.5 * tl.erf(u * 0.7071067811865476)
+        slope = s + u * 0.3989422804014327 * tl.exp(-0.5 * u * u)
+    elif KIND == "gelu_tanh":  # (1 + tanh z) / 2 is sigmoid(2 z)
+        z = 1.5957691216057308 * u * (1 + 0.044715 * u * u)
+        s = tl.sigmoid(z)
+        # 1 - s would lose its digits where it is multiplied by a large factor.
+        slope = s + s * tl.sigmoid(-z) * 1.5957691216057308 * u * (1 + 0.134145 * u * u)
+    else:
+        factor = 1.702 if KIND == "quick_gelu" else 1.0
+        s = tl.sigmoid(factor * u)
+        slope = s * (1 + factor * u * (1 - s))
+    return s, slope
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _activation_fwd_kernel(
     x_ptr, bias_ptr, out_ptr, num_rows,
-    COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, QUICK: tl.constexpr,
+    COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, KIND: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     rows, columns = _tile(COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
-    mask = (rows < num_rows) & (columns < COLUMNS)
-    offsets = rows * COLUMNS + columns
+    inside = columns < COLUMNS
+    mask = (rows < num_rows) & inside
+    PARTS: tl.constexpr = 2 if KIND == "swiglu" else 1
+    offsets = rows * (PARTS * COLUMNS) + columns
     u = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
-        u += tl.load(bias_ptr + columns, mask=columns < COLUMNS, other=0.0).to(tl.float32)
-    out = u * (tl.sigmoid(1.702 * u) if QUICK else 0.5 + 0.5 * tl.erf(u * 0.7071067811865476))
-    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
+        u += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    s, _ = _sigmoid_and_slope(u, KIND)
+    out = u * s
+    if KIND == "swiglu":
+        v = tl.load(x_ptr + offsets + COLUMNS, mask=mask, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            v += tl.load(bias_ptr + COLUMNS + columns, mask=inside, other=0.0).to(tl.float32)
+        out *= v
+    tl.store(out_ptr + rows * COLUMNS + columns, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _activation_bwd_kernel(
     grad_ptr, x_ptr, bias_ptr, out_ptr, num_rows,
-    COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, QUICK: tl.constexpr,
+    COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, KIND: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     rows, columns = _tile(COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
-    mask = (rows < num_rows) & (columns < COLUMNS)
-    offsets = rows * COLUMNS + columns
+    inside = columns < COLUMNS
+    mask = (rows < num_rows) & inside
+    PARTS: tl.constexpr = 2 if KIND == "swiglu" else 1
+    offsets = rows * (PARTS * COLUMNS) + columns
     u = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + rows * COLUMNS + columns, mask=mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
-        u += tl.load(bias_ptr + columns, mask=columns < COLUMNS, other=0.0).to(tl.float32)
-    if QUICK:
-        s = tl.sigmoid(1.702 * u)
-        slope = s * (1 + 1.702 * u * (1 - s))
-    else:
-        density = 0.3989422804014327 * tl.exp(-0.5 * u * u)
-        slope = 0.5 + 0.5 * tl.erf(u * 0.7071067811865476) + u * density
+        u += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    s, slope = _sigmoid_and_slope(u, KIND)
+    if KIND == "swiglu":
+        v = tl.load(x_ptr + offsets + COLUMNS, mask=mask, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            v += tl.load(bias_ptr + COLUMNS + columns, mask=inside, other=0.0).to(tl.float32)
+        of_v = (grad * u * s).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + offsets + COLUMNS, of_v, mask=mask)
+        grad *= v
     tl.store(out_ptr + offsets, (grad * slope).to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -107,8 +147,8 @@ def _run(
 ) -> None:
     """Writes the activation of `x + bias` to `out`, or with `grad` the gradient of x."""
     kernel = _activation_fwd_kernel if grad is None else _activation_bwd_kernel
-    columns = x.shape[-1]
-    num_rows = x.numel() // max(columns, 1)
+    columns = x.shape[-1] // _parts(kind)
+    num_rows = x.numel() // max(x.shape[-1], 1)
     if num_rows and columns:
         key = (x.device, x.dtype, None if bias is None else bias.dtype, columns, kind)
         launch = _launcher(kernel, *key)
@@ -123,9 +163,14 @@ def _run(
             )
 
 
+def _parts(kind: str) -> int:
+    """How many times as wide the input is as the output."""
+    return 2 if kind == "swiglu" else 1
+
+
 @functools.cache
 def _launcher(kernel, device, dtype, bias_dtype, columns, kind) -> Launcher:
-    constants = dict(COLUMNS=columns, HAS_BIAS=bias_dtype is not None, QUICK=kind == "quick_gelu")
+    constants = dict(COLUMNS=columns, HAS_BIAS=bias_dtype is not None, KIND=kind)
     constants |= dict(BLOCK_ROWS=BLOCK[0], BLOCK_COLUMNS=BLOCK[1])
     return Launcher(kernel, constants, num_warps=WARPS)
 
@@ -141,11 +186,12 @@ def _configuration(kernel, dtype, bias_dtype, columns: int, kind: str) -> proof.
     name = f"{kind} {direction} C={columns} {dtype}" + f" bias {bias_dtype}" * bool(bias_dtype)
 
     def trial(generator: torch.Generator) -> proof.Trial:
-        x, grad = (3 * proof.draw(generator, (9, columns), dtype) for _ in range(2))
+        x = 3 * proof.draw(generator, (9, columns), dtype)
+        grad = 3 * proof.draw(generator, (9, columns // _parts(kind)), dtype)
         bias = bias_dtype and proof.draw(generator, (columns,), bias_dtype)
         grads = [] if direction == "forward" else [grad]
         return proof.Trial(
-            [torch.empty_like(x)],
+            [torch.empty_like(grad if direction == "forward" else x)],
             lambda out: _run(x, bias, kind, out, *grads),
             [bounds.activation(x, bias, kind, *grads)],
         )
@@ -159,14 +205,14 @@ def activation_forward(x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     if not _trusted(_activation_fwd_kernel, x, bias, kind):
         wide = None if bias is None else bias.float()
         return bias_activation_reference(x.float(), wide, kind).to(x.dtype).contiguous()
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out = _fake_forward(x, bias, kind)
     _run(x, bias, kind, out)
     return out
 
 
 @activation_forward.op.register_fake
-def _(x, bias, kind):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _fake_forward(x, bias, kind):
+    return x.new_empty(*x.shape[:-1], x.shape[-1] // _parts(kind))
 
 
 @operator("zeroi2v::activation_backward")
@@ -182,10 +228,14 @@ def activation_backward(grad: Tensor, x: Tensor, bias: Tensor | None, kind: str)
 def _plain_gradient(grad: Tensor, x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     """`activation_backward` in PyTorch, in float32."""
     u = x.float() if bias is None else x.float() + bias.float()
-    if kind == "quick_gelu":
-        out = torch.ops.aten.silu_backward(grad.float(), 1.702 * u)
+    grad, aten = grad.float(), torch.ops.aten
+    if kind == "swiglu":
+        gate, value = u.chunk(2, -1)
+        out = torch.cat([aten.silu_backward(grad * value, gate), grad * F.silu(gate)], -1)
+    elif kind == "quick_gelu":
+        out = aten.silu_backward(grad, 1.702 * u)
     else:
-        out = torch.ops.aten.gelu_backward(grad.float(), u)
+        out = aten.gelu_backward(grad, u, approximate="tanh" if kind == "gelu_tanh" else "none")
     return out.to(x.dtype).contiguous()
 
 

@@ -124,16 +124,47 @@ def activation(
 ) -> Bounded:  # fmt: skip
     """Of `act(x + bias)`, or of the gradient of x for that of it."""
     u = x.double() if bias is None else x.double() + bias.double()
-    if kind == "quick_gelu":
-        s = torch.sigmoid(1.702 * u)
-        value, slope = u * s, s * (1 + 1.702 * u * (1 - s))
+    u, v = u.chunk(2, -1) if kind == "swiglu" else (u, None)
+    if kind in ("quick_gelu", "swiglu"):
+        factor = 1.702 if kind == "quick_gelu" else 1.0
+        s = torch.sigmoid(factor * u)
+        value, slope = u * s, s * (1 + factor * u * (1 - s))
+    elif kind == "gelu_tanh":
+        root = (2 / torch.pi) ** 0.5
+        t = torch.tanh(root * (u + 0.044715 * u**3))
+        s = 0.5 + 0.5 * t
+        value, slope = u * s, s + 0.5 * u * (1 - t * t) * root * (1 + 3 * 0.044715 * u * u)
     else:
         s = 0.5 + 0.5 * torch.erf(u * 0.5**0.5)
         value, slope = u * s, s + u * torch.exp(-0.5 * u * u) * (2 * torch.pi) ** -0.5
     error = 16 * _U32 * (1 + u * u)  # of functions whose argument u is rounded
-    if grad is None:
+    g = None if grad is None else grad.double()
+    if v is not None:  # a product with another rounded sum
+        other = 4 * _U32 * (1 + v.abs())
+        if g is None:
+            return _stored(value * v, error * v.abs() + value.abs() * other, x.dtype)
+        of_u, of_v = g * slope * v, g * value
+        u_error = g.abs() * (error * v.abs() + slope.abs() * other)
+        errors = torch.cat([u_error, g.abs() * error], -1)
+        return _stored(torch.cat([of_u, of_v], -1), errors, x.dtype)
+    if g is None:
         return _stored(value, error, x.dtype)
-    return _stored(grad.double() * slope, grad.double().abs() * error, x.dtype)
+    return _stored(g * slope, g.abs() * error, x.dtype)
+
+
+def rotated(x: Tensor, table: Tensor, parts: int, back: bool) -> Bounded:
+    """Of `rotary.turn_`."""
+    cosines, sines = table.double()[:, :, None, None]
+    out, error = x.double(), torch.zeros_like(x, dtype=torch.float64)
+    at = (..., slice(x.shape[2] - table.shape[1], None), slice(parts), slice(None), slice(None))
+    first, second = out[at].chunk(2, -1)
+    sines = -sines if back else sines
+    turned = torch.cat([first * cosines - second * sines, second * cosines + first * sines], -1)
+    c, s = cosines.abs(), sines.abs()
+    terms = [first.abs() * c + second.abs() * s, second.abs() * c + first.abs() * s]
+    out[at] = turned
+    error[at] = 3 * _U32 * torch.cat(terms, -1)
+    return _stored(out, error, x.dtype)
 
 
 def norm(
@@ -143,6 +174,7 @@ def norm(
     bias: Tensor,
     eps: float,
     dtype: torch.dtype,
+    centres: bool = True,
 ) -> list[Bounded]:
     """Of normed and, for a residual, total; then of mean and 1 / deviation."""
     total = x.double() if residual is None else x.double() + residual.double()
@@ -151,7 +183,7 @@ def norm(
         moved = 2 * _rounded(total, residual.dtype)
         total = total.to(residual.dtype).double()
     steps, size = (total.shape[-1] + 8) * _U32, total.abs()
-    mean = total.mean(-1, keepdim=True)
+    mean = total.mean(-1, keepdim=True) * centres
     centred = total - mean
     rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
     mean_error = moved.mean(-1, keepdim=True) + steps * size.mean(-1, keepdim=True)
@@ -176,6 +208,7 @@ def norm_gradient(
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor,
+    centres: bool = True,
 ) -> tuple[Bounded, Bounded, Bounded]:
     """Of the gradients of the sum, of the weight and of the bias."""
     g, r = grad.double(), rstd.double()[..., None]
@@ -185,7 +218,7 @@ def norm_gradient(
     along = (scaled * y).mean(-1, keepdim=True)
     along_sum = (scaled * y).abs().mean(-1, keepdim=True)
     along_error = (scaled.abs() * y_error).mean(-1, keepdim=True)
-    out = r * (scaled - scaled.mean(-1, keepdim=True) - y * along)
+    out = r * (scaled - scaled.mean(-1, keepdim=True) * centres - y * along)
     terms = scaled.abs() + scaled.abs().mean(-1, keepdim=True) + y.abs() * along_sum
     error = r * (y_error * along_sum + y.abs() * along_error)
     error += r * _U32 * (g.shape[-1] + 8) * terms

@@ -5,7 +5,8 @@
       `choose_backend`      precision, known head    `matmul_pays`, else `sdpa`
                             widths; else `sdpa`
     norms, activations,     our kernels, not in      PyTorch                        PyTorch
-      adapters              float64, not exported
+      adapters, rotary      float64, not exported
+      positions
       `uses_kernels`
     linear layers           PyTorch (cuBLAS)         oneDNN for inference in        PyTorch
       `on_onednn`                                    float32, else PyTorch

@@ -1,16 +1,17 @@
-"""Residual add and LayerNorm in one pass over memory, forward and backward, in Triton.
+"""Residual add and norm in one pass over memory, forward and backward, in Triton.
 
     total = x + residual,   normed = (total - mean) / sqrt(var + eps) * weight + bias
 
-over the last axis of `x [..., C]`. Statistics and arithmetic are in float32 whatever the dtype.
-Backward, for gradients g of `normed` and t of `total`, with y the normalised total:
+over the last axis of `x [..., C]`. An RMS norm takes zero for the mean, and the mean square for the
+variance. Statistics and arithmetic are in float32 whatever the dtype. Backward, for gradients g of
+`normed` and t of `total`, with y the normalised total, and no mean(g weight) for RMS:
 
     dx = dresidual = t + (g weight - mean(g weight) - y mean(g weight y)) / sqrt(var + eps)
 
 Weight and bias gradients are summed in float32 by a fixed set of programs, then over programs:
 no atomics, so two runs agree bit for bit. Importing this module imports triton.
 
-Source: LayerNorm, arXiv 1607.06450.
+Source: LayerNorm, arXiv 1607.06450; RMSNorm, arXiv 1910.07467.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from collections.abc import Iterator
 from itertools import product
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -37,22 +37,36 @@ TILE_ROWS = 2  # of a program's tile
 _SUMMERS = 4 if INTERPRET else 512  # how many of those
 
 
-def add_layer_norm_reference(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float = 1e-5
+def add_norm_reference(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    centres: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The definition of the op, in plain PyTorch. Arguments and result as in `add_layer_norm`."""
+    """The definition of the op, in plain PyTorch. Arguments and result as in `add_norm`."""
     total = x if residual is None else x + residual
     wide = torch.promote_types(x.dtype, torch.float32)
-    normed = F.layer_norm(total.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps)
-    return normed.to(x.dtype), total
+    normed = total.to(wide)
+    if centres:
+        normed = normed - normed.mean(-1, keepdim=True)
+    normed = normed * (normed.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return (normed * weight.to(wide) + bias.to(wide)).to(x.dtype), total
 
 
-def add_layer_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float = 1e-5
+def add_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    centres: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`(normed, total)` of `x [..., C]` and `residual` of its shape and dtype, or None.
 
-    `weight` and `bias` are `[C]`, of any floating dtype. Without a residual `total` is `x`.
+    `weight` and `bias` are `[C]`, of any floating dtype. `centres` is true for a layer norm, false
+    for an RMS norm. Without a residual `total` is `x`.
     Raises ValueError for a shape, dtype or device that does not fit.
     """
     if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
@@ -67,7 +81,7 @@ def add_layer_norm(
         raise ValueError(f"x must be float32, bfloat16 or float16: got {x.dtype}")
     if not (x.is_cuda or INTERPRET):
         raise ValueError(f"x must be on a CUDA device: got {x.device}")
-    normed, total, _, _ = norm_forward(x, residual, weight, bias, eps, x.dtype)
+    normed, total, _, _ = norm_forward(x, residual, weight, bias, eps, centres, x.dtype)
     return normed, x if residual is None else total
 
 
@@ -75,7 +89,8 @@ def add_layer_norm(
 def _norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, normed_ptr, total_ptr, mean_ptr, rstd_ptr,
     num_rows, eps,
-    C: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, HAS_RESIDUAL: tl.constexpr, CENTRES: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_C)
@@ -87,7 +102,7 @@ def _norm_fwd_kernel(
         rounded = total.to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + offsets, rounded, mask=mask)
         total = rounded.to(tl.float32)  # what is normalised is what goes on
-    mean = tl.sum(total, 1) / C
+    mean = tl.sum(total, 1) / C if CENTRES else tl.zeros((ROWS,), tl.float32)
     centred = tl.where(mask, total - mean[:, None], 0.0)
     rstd = 1 / tl.sqrt(tl.sum(centred * centred, 1) / C + eps)
     weight = tl.load(weight_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)
@@ -102,7 +117,7 @@ def _norm_fwd_kernel(
 def _norm_bwd_kernel(
     grad_ptr, total_grad_ptr, total_ptr, mean_ptr, rstd_ptr, weight_ptr,
     out_ptr, weight_sums_ptr, bias_sums_ptr, num_rows,
-    C: tl.constexpr, HAS_TOTAL_GRAD: tl.constexpr, SUMS: tl.constexpr,
+    C: tl.constexpr, HAS_TOTAL_GRAD: tl.constexpr, CENTRES: tl.constexpr, SUMS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, BLOCK_C)
@@ -121,7 +136,9 @@ def _norm_bwd_kernel(
         rstd = tl.load(rstd_ptr + rows, mask=rows < num_rows, other=0.0)
         y = tl.where(mask, (total - mean[:, None]) * rstd[:, None], 0.0)
         scaled = grad * weight
-        dx = scaled - (tl.sum(scaled, 1) / C)[:, None] - y * (tl.sum(scaled * y, 1) / C)[:, None]
+        dx = scaled - y * (tl.sum(scaled * y, 1) / C)[:, None]
+        if CENTRES:
+            dx -= (tl.sum(scaled, 1) / C)[:, None]
         dx *= rstd[:, None]
         if HAS_TOTAL_GRAD:
             dx += tl.load(total_grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -142,6 +159,7 @@ def norm_forward(
     weight: Tensor,
     bias: Tensor,
     eps: float,
+    centres: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`normed` in `dtype`, `total` in the residual's (empty without one), and float32 statistics.
@@ -150,23 +168,33 @@ def norm_forward(
     """
     outputs = _outputs(x, residual, dtype)
     dtypes = (x.dtype, None if residual is None else residual.dtype, weight.dtype, bias.dtype)
-    key = ("norm", x.device, *dtypes, dtype, x.shape[-1])
-    if not proof.trusted(key, x.device, lambda: _forward_trial(*dtypes, dtype, x.shape[-1])):
-        total = x if residual is None else (x.float() + residual.float()).to(residual.dtype)
-        weights = (weight.float(), bias.float())
-        normed, mean, rstd = torch.native_layer_norm(total.float(), x.shape[-1:], *weights, eps)
-        total = outputs[1] if residual is None else total.contiguous()
-        return normed.to(dtype).contiguous(), total, mean.squeeze(-1), rstd.squeeze(-1)
-    _run_forward(x, residual, weight, bias, eps, *outputs)
+    rest = (centres, dtype, x.shape[-1])
+    key = ("norm", x.device, *dtypes, *rest)
+    if not proof.trusted(key, x.device, lambda: _forward_trial(*dtypes, *rest)):
+        return _plain(x, residual, weight, bias, eps, centres, dtype)
+    _run_forward(x, residual, weight, bias, eps, centres, *outputs)
     return outputs
 
 
-def _run_forward(x, residual, weight, bias, eps, normed, total, mean, rstd) -> None:
+def _plain(x, residual, weight, bias, eps, centres, dtype) -> tuple[Tensor, ...]:
+    """`norm_forward` in PyTorch, in float32."""
+    total = x if residual is None else (x.float() + residual.float()).to(residual.dtype)
+    wide = total.float()
+    mean = wide.mean(-1) if centres else wide.new_zeros(wide.shape[:-1])
+    centred = wide - mean[..., None]
+    rstd = (centred.square().mean(-1) + eps).rsqrt()
+    normed = centred * rstd[..., None] * weight.float() + bias.float()
+    total = x.new_empty(0) if residual is None else total.contiguous()
+    return normed.to(dtype).contiguous(), total, mean, rstd
+
+
+def _run_forward(x, residual, weight, bias, eps, centres, normed, total, mean, rstd) -> None:
     num_rows = mean.numel()
     if num_rows:
         residual_dtype = None if residual is None else residual.dtype
         dtypes = (residual_dtype, weight.dtype, bias.dtype, normed.dtype)
-        launch = _forward_launcher(_norm_fwd_kernel, x.device, x.shape[-1], x.dtype, *dtypes)
+        key = (x.device, x.shape[-1], centres, x.dtype, *dtypes)
+        launch = _forward_launcher(_norm_fwd_kernel, *key)
         with on_device(x):
             launch(
                 (ceil_div(num_rows, TILE_ROWS),),
@@ -184,15 +212,16 @@ def _run_forward(x, residual, weight, bias, eps, normed, total, mean, rstd) -> N
 
 
 @functools.cache
-def _forward_launcher(kernel, device, columns, x_dtype, residual_dtype, *dtypes) -> Launcher:
-    constants = dict(C=columns, HAS_RESIDUAL=residual_dtype is not None)
+def _forward_launcher(kernel, device, columns, centres, x_dtype, residual_dtype, *_) -> Launcher:
+    constants = dict(C=columns, HAS_RESIDUAL=residual_dtype is not None, CENTRES=centres)
     constants |= dict(ROWS=TILE_ROWS, BLOCK_C=triton.next_power_of_2(columns))
     return Launcher(kernel, constants, num_warps=WARPS)
 
 
-def _forward_trial(x_dtype, residual_dtype, weight_dtype, bias_dtype, dtype, columns):
+def _forward_trial(x_dtype, residual_dtype, weight_dtype, bias_dtype, centres, dtype, columns):
     """The configuration of `_norm_fwd_kernel` for tensors of such dtypes."""
-    name = f"layer norm forward C={columns} {x_dtype} weights {weight_dtype} {bias_dtype} {dtype}"
+    name = f"{'layer' if centres else 'RMS'} norm forward C={columns} {x_dtype} "
+    name += f"weights {weight_dtype} {bias_dtype} {dtype}"
     name += f" residual {residual_dtype}" * bool(residual_dtype)
 
     def trial(generator: torch.Generator) -> proof.Trial:
@@ -205,9 +234,10 @@ def _forward_trial(x_dtype, residual_dtype, weight_dtype, bias_dtype, dtype, col
 
         def run(normed, *outputs):
             *sums, mean, rstd = outputs
-            _run_forward(x, residual, weight, bias, 1e-5, normed, *(sums or [total]), mean, rstd)
+            outputs = (normed, *(sums or [total]), mean, rstd)
+            _run_forward(x, residual, weight, bias, 1e-5, centres, *outputs)
 
-        truths = bounds.norm(x, residual, weight, bias, 1e-5, dtype)
+        truths = bounds.norm(x, residual, weight, bias, 1e-5, dtype, centres)
         return proof.Trial([normed, *totals, mean, rstd], run, truths)
 
     return proof.Configuration(name.replace("torch.", ""), (TILE_ROWS, WARPS), trial)
@@ -221,7 +251,7 @@ def _outputs(x, residual, dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @norm_forward.op.register_fake
-def _(x, residual, weight, bias, eps, dtype):
+def _(x, residual, weight, bias, eps, centres, dtype):
     return _outputs(x, residual, dtype)
 
 
@@ -233,17 +263,17 @@ def norm_backward(
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor,
+    centres: bool,
     sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of the sum, and if `sums` is set, in float32, those of weight and bias."""
     dtypes = [None if t is None else t.dtype for t in (grad, total_grad, total, weight)]
-    key = ("norm gradient", total.device, *dtypes, sums, total.shape[-1])
-    if not proof.trusted(
-        key, total.device, lambda: _backward_trial(*dtypes, sums, total.shape[-1])
-    ):
-        return _plain_gradients(grad, total_grad, total, mean, rstd, weight, sums)
+    rest = (centres, sums, total.shape[-1])
+    key = ("norm gradient", total.device, *dtypes, *rest)
+    if not proof.trusted(key, total.device, lambda: _backward_trial(*dtypes, *rest)):
+        return _plain_gradients(grad, total_grad, total, mean, rstd, weight, centres, sums)
     outputs = _gradients(total, sums)
-    _run_backward(grad, total_grad, total, mean, rstd, weight, sums, *outputs)
+    _run_backward(grad, total_grad, total, mean, rstd, weight, centres, sums, *outputs)
     return outputs[0], outputs[1].sum(0), outputs[2].sum(0)
 
 
@@ -257,13 +287,13 @@ def _gradients(total: Tensor, sums: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _run_backward(
-    grad, total_grad, total, mean, rstd, weight, sums, out, weight_sums, bias_sums
+    grad, total_grad, total, mean, rstd, weight, centres, sums, out, weight_sums, bias_sums
 ) -> None:
     num_rows = mean.numel()
     if num_rows:
         passed_dtype = None if total_grad is None else total_grad.dtype
         dtypes = (passed_dtype, grad.dtype, total.dtype, weight.dtype)
-        key = (total.device, total.shape[-1], sums, *dtypes)
+        key = (total.device, total.shape[-1], centres, sums, *dtypes)
         launch = _backward_launcher(_norm_bwd_kernel, *key)
         with on_device(total):
             launch(
@@ -282,15 +312,16 @@ def _run_backward(
 
 
 @functools.cache
-def _backward_launcher(kernel, device, columns, sums, passed_dtype, *dtypes) -> Launcher:
-    constants = dict(C=columns, HAS_TOTAL_GRAD=passed_dtype is not None, SUMS=sums)
+def _backward_launcher(kernel, device, columns, centres, sums, passed_dtype, *dtypes) -> Launcher:
+    constants = dict(C=columns, HAS_TOTAL_GRAD=passed_dtype is not None, CENTRES=centres, SUMS=sums)
     constants |= dict(ROWS=TILE_ROWS, BLOCK_C=triton.next_power_of_2(columns))
     return Launcher(kernel, constants, num_warps=SUMMER_WARPS if sums else WARPS)
 
 
-def _backward_trial(grad_dtype, passed_dtype, dtype, weight_dtype, sums, columns):
+def _backward_trial(grad_dtype, passed_dtype, dtype, weight_dtype, centres, sums, columns):
     """The configuration of `_norm_bwd_kernel` for tensors of such dtypes."""
-    name = f"layer norm backward C={columns} {grad_dtype} of {dtype} weights {weight_dtype}"
+    name = f"{'layer' if centres else 'RMS'} norm backward C={columns} {grad_dtype} of {dtype} "
+    name += f"weights {weight_dtype}"
     name += f" passed {passed_dtype}" * bool(passed_dtype) + " sums" * sums
 
     def trial(generator: torch.Generator) -> proof.Trial:
@@ -299,8 +330,10 @@ def _backward_trial(grad_dtype, passed_dtype, dtype, weight_dtype, sums, columns
         grad = proof.draw(generator, (rows, columns), grad_dtype)
         passed = passed_dtype and proof.draw(generator, (rows, columns), passed_dtype)
         weight = proof.draw(generator, (columns,), weight_dtype)
-        rstd, mean = torch.var_mean(total.float(), -1, correction=0)
-        inputs = (grad, passed, total, mean, (rstd + 1e-5).rsqrt(), weight)
+        wide = total.float()
+        mean = wide.mean(-1) if centres else wide.new_zeros(rows)
+        rstd = ((wide - mean[:, None]).square().mean(-1) + 1e-5).rsqrt()
+        inputs = (grad, passed, total, mean, rstd, weight, centres)
         out, *by_program = _gradients(total, sums)
 
         def run(out, *summed):
@@ -317,32 +350,37 @@ def _backward_trial(grad_dtype, passed_dtype, dtype, weight_dtype, sums, columns
     return proof.Configuration(name.replace("torch.", ""), settings, trial)
 
 
-def _plain_gradients(grad, total_grad, total, mean, rstd, weight, sums):
+def _plain_gradients(grad, total_grad, total, mean, rstd, weight, centres, sums):
     """`norm_backward` in PyTorch, in float32."""
-    out, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-        grad.float(), total.float(), total.shape[-1:], mean[..., None], rstd[..., None],
-        weight.float(), torch.zeros_like(weight, dtype=torch.float32), (True, sums, sums),
-    )  # fmt: skip
+    y = (total.float() - mean[..., None]) * rstd[..., None]
+    scaled = grad.float() * weight.float()
+    out = scaled - y * (scaled * y).mean(-1, keepdim=True)
+    if centres:
+        out = out - scaled.mean(-1, keepdim=True)
+    out = out * rstd[..., None]
     if total_grad is not None:
         out = out + total_grad.float()
-    if not sums:
-        dweight, dbias = (out.new_zeros(total.shape[-1]) for _ in range(2))
+    columns = total.shape[-1]
+    if sums:
+        dweight, dbias = (x.reshape(-1, columns).sum(0) for x in (grad.float() * y, grad.float()))
+    else:
+        dweight, dbias = (out.new_zeros(columns) for _ in range(2))
     return out.to(total.dtype).contiguous(), dweight, dbias
 
 
 @norm_backward.op.register_fake
-def _(grad, total_grad, total, mean, rstd, weight, sums):
+def _(grad, total_grad, total, mean, rstd, weight, centres, sums):
     width = total.shape[-1]
     of_weights = (grad.new_empty(width, dtype=torch.float32) for _ in range(2))
     return torch.empty_like(total, memory_format=torch.contiguous_format), *of_weights
 
 
 def _save(ctx, inputs, output):
-    x, residual, weight, bias, _, _ = inputs
+    x, residual, weight, _, _, ctx.centres, _ = inputs
     _, total, mean, rstd = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd)
-    ctx.x_dtype, ctx.bias_dtype = x.dtype, bias.dtype
+    ctx.x_dtype, ctx.bias_dtype = x.dtype, inputs[3].dtype
     ctx.has_residual = residual is not None
     ctx.save_for_backward(x if residual is None else total, mean, rstd, weight)
 
@@ -354,12 +392,14 @@ def _backward(ctx, grad, total_grad, *_):
     if not ctx.has_residual:
         total_grad = None
     sums = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-    out, dweight, dbias = norm_backward(grad, total_grad, total, mean, rstd, weight, sums)
+    rest = (weight, ctx.centres, sums)
+    out, dweight, dbias = norm_backward(grad, total_grad, total, mean, rstd, *rest)
     return (
         out.to(ctx.x_dtype),
         out if ctx.has_residual else None,
         dweight.to(weight.dtype) if ctx.needs_input_grad[2] else None,
         dbias.to(ctx.bias_dtype) if ctx.needs_input_grad[3] else None,
+        None,
         None,
         None,
     )
@@ -371,8 +411,10 @@ norm_forward.op.register_autograd(_backward, setup_context=_save)
 def shipped(device: torch.device) -> Iterator[proof.Configuration]:
     """What `shipped.prove_shipped` proves of norms."""
     streams = [(dtype, dtype) for dtype in _DTYPES] + [(torch.bfloat16, torch.float32)]
-    for columns, (dtype, stream), is_sum in product((768, 1024), streams, (False, True)):
+    kinds = [(True, 768), (True, 1024), (False, 1024)]  # RMS is AIMv2's
+    for (centres, columns), (dtype, stream), is_sum in product(kinds, streams, (False, True)):
         residual = stream if is_sum else None
         x_dtype = dtype if is_sum else stream
-        yield _forward_trial(x_dtype, residual, torch.float32, torch.float32, dtype, columns)
-        yield _backward_trial(dtype, residual, stream, torch.float32, is_sum, columns)
+        weights = (torch.float32, torch.float32)
+        yield _forward_trial(x_dtype, residual, *weights, centres, dtype, columns)
+        yield _backward_trial(dtype, residual, stream, torch.float32, centres, is_sum, columns)

@@ -9,9 +9,16 @@ from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
-from zeroi2v_kernels import activation, adapter_linear_triton, norm, proof, stdha_launch
+from zeroi2v_kernels import (
+    activation,
+    adapter_linear_triton,
+    norm,
+    proof,
+    rotary_triton,
+    stdha_launch,
+)
 
-MODULES = (stdha_launch, adapter_linear_triton, activation, norm)
+MODULES = (stdha_launch, adapter_linear_triton, activation, norm, rotary_triton)
 
 
 def prove_shipped(

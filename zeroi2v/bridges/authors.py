@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zeroi2v.bridges.foreign import BLOCK, Foreign, describe
+from zeroi2v.bridges.foreign import Foreign
 from zeroi2v.bridges.mmconfig import find, parse_config
 from zeroi2v.bridges.reader import Source
+from zeroi2v.bridges.tensors import BLOCK, describe_clip
 
 ADAPTERS = {
     "T_Adapter_in": "attn.in_adapter",
@@ -38,7 +39,7 @@ def convert(source: Source) -> Foreign | None:
     tensors, adapters = _rename(source)
     used = _uniform(adapters, where)
     foreign = Foreign(format="ZeroI2V, the authors' checkpoint", tensors=tensors, fresh=())
-    foreign.known = describe(tensors, where) | {"activation": "quick_gelu"}
+    foreign.known = describe_clip(tensors, where) | {"activation": "quick_gelu"}
     for name, field in (("temporal_embedding", "num_frames"), ("head.weight", "num_classes")):
         if name not in tensors:
             raise ValueError(f"{where} lacks {name}: it is no trained video model")

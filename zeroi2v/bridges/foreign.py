@@ -1,27 +1,20 @@
-"""What every bridge hands over, and the arithmetic that several of them share.
+"""What every bridge hands over, and how foreign configs are read.
 
-A bridge turns a foreign file's tensors into CLIP's visual names and says what the file records of
-the model. Nothing is guessed: what a format does not say goes into `missing`, and is asked for.
+A bridge turns a foreign file's tensors into CLIP's visual names (`tensors.py`) and says what the
+file records of the model. Nothing is guessed: what a format does not say goes into `missing`, and
+is asked for.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from zeroi2v.config import ModelConfig
-
-BLOCK = "transformer.resblocks.{}."
-NORM_EPSILON = 1e-5
-"""Added to the variance by every layer norm of CLIP, and so of `VideoViT`."""
-_BOTH = ("weight", "bias")
 
 # Widths at which every published CLIP and ViT has heads of 64 channels. Larger ones differ
 # (ViT-H 80, ViT-g 88, ViT-G 104), and weights alone do not tell.
@@ -46,44 +39,12 @@ class Foreign:
     """Parts of names whose tensors may be absent: they start as an untrained model's do."""
     finish: Callable[[ModelConfig], None] | None = None
     """What can be done to the tensors only once the whole config is settled."""
+    free: tuple[str, ...] = ("image_size",)
+    """Known fields that an override may replace: the weights serve other values as well."""
+    resizing: dict[str, Any] = field(default_factory=dict)
+    """How it resized images, in fields of `ModelConfig`; for models without a recipe."""
     notes: list[str] = field(default_factory=list)
     """What was done to the weights, or left out."""
-
-
-def describe(tensors: dict[str, Tensor], where: str) -> dict[str, Any]:
-    """Width, depth, patch, resolution and MLP ratio of a tower in CLIP's visual names.
-
-    Raises ValueError if a tensor is missing or two of them contradict each other.
-    """
-    for name in ("conv1.weight", "class_embedding", "positional_embedding"):
-        if name not in tensors:
-            raise ValueError(f"{where} lacks {name}: it is not a ViT with a class token")
-    conv, positions = tensors["conv1.weight"], tensors["positional_embedding"]
-    if conv.ndim != 4 or conv.shape[1] != 3 or conv.shape[2] != conv.shape[3]:
-        raise ValueError(f"{where}: conv1.weight must be [C, 3, P, P]: got {list(conv.shape)}")
-    width, patch = conv.shape[0], conv.shape[2]
-    grid = round((len(positions) - 1) ** 0.5)
-    if positions.ndim != 2 or grid < 1 or grid * grid + 1 != len(positions):
-        raise ValueError(
-            f"{where}: positional_embedding must be [1 + a square, C]: got {list(positions.shape)}"
-        )
-    blocks = {int(m[1]) for n in tensors if (m := re.match(r"transformer\.resblocks\.(\d+)\.", n))}
-    if not blocks or blocks != set(range(len(blocks))):
-        raise ValueError(f"{where}: blocks must be numbered from 0 on: got {sorted(blocks)[:20]}")
-    hidden = BLOCK.format(0) + "mlp.c_fc.weight"
-    back = hidden.replace("c_fc", "c_proj")
-    for name in (hidden, back):
-        if name not in tensors or tensors[name].ndim != 2:
-            raise ValueError(f"{where} lacks {name}, or it is no matrix")
-    if len(tensors[hidden]) != tensors[back].shape[1]:
-        raise ValueError(f"{where} has a gated MLP (SwiGLU), which VideoViT does not have")
-    return {
-        "width": width,
-        "patch_size": patch,
-        "image_size": grid * patch,
-        "depth": len(blocks),
-        "mlp_ratio": len(tensors[hidden]) / width,
-    }
 
 
 def read_keys(
@@ -207,72 +168,53 @@ def check_weights(told: dict[str, Any], known: dict[str, Any], where: str) -> No
 
 
 def take_pixels(foreign: Foreign, pixels: dict[str, Any]) -> None:
-    """Takes over mean and std, and reports the rest of a foreign preprocessing."""
+    """Takes over mean, std and interpolation, and reports the rest of a foreign preprocessing.
+
+    All of these libraries resize images with PIL or as PIL does, which averages pixels.
+    """
     for name in ("mean", "std"):
         if (value := pixels.pop(name, None)) is not None:
             foreign.known[f"preprocess.{name}"] = [255 * number for number in value]
+    if pixels.get("interpolation") in ("bilinear", "bicubic"):
+        foreign.resizing["preprocess.interpolation"] = pixels.pop("interpolation")
+        foreign.resizing["preprocess.antialias"] = True
     if rest := ", ".join(f"{key} {value}" for key, value in pixels.items() if value is not None):
         foreign.notes.append(f"preprocessing for images, not taken over: {rest}")
 
 
-def fill_biases(foreign: Foreign) -> None:
-    """Gives linear layers of the blocks that have no bias one of zeros: the same result."""
-    tensors, filled = foreign.tensors, set()
-    for i in range(foreign.known["depth"]):
-        for part in ("attn.in_proj_", "attn.out_proj.", "mlp.c_fc.", "mlp.c_proj."):
-            name = f"{BLOCK.format(i)}{part}"
-            if f"{name}weight" in tensors and f"{name}bias" not in tensors:
-                tensors[f"{name}bias"] = torch.zeros(len(tensors[f"{name}weight"]))
-                filled.add(part.rstrip("_."))
-    for part in sorted(filled):
-        foreign.notes.append(f"{part} has no bias: zeros")
+def assume_heads(foreign: Foreign, head_dim: int = 64, pools_alike: bool = True) -> None:
+    """Settles `num_heads`, which no tensor shows, by the convention of `head_dim`, or asks.
 
-
-def assume_heads(foreign: Foreign) -> None:
-    """Settles `num_heads`, which no tensor shows, by the convention of 64 channels, or asks."""
-    width = foreign.known["width"]
-    if width <= _HEADS_OF_64 and width % 64 == 0:
-        foreign.assumed["num_heads"] = width // 64
-    else:
-        foreign.missing["num_heads"] = "in the model's description; weights do not tell"
-
-
-def fold_layer_scale(tensors: dict[str, Tensor], gamma: str, weight: str, bias: str) -> bool:
-    """Multiplies LayerScale's `gamma` into the projection before it, if there is one."""
-    if gamma not in tensors:
-        return False
-    scale = tensors.pop(gamma).double()
-    tensors[weight] = (scale[:, None] * tensors[weight].double()).float()
-    tensors[bias] = (scale * tensors[bias].double()).float()
-    return True
-
-
-def fold_norm_epsilon(tensors: dict[str, Tensor], depth: int, epsilon: float) -> None:
-    """Makes norms with our epsilon compute what they did with `epsilon`.
-
-    norm(x; e) = norm(s x; s^2 e), so all that is added to the residual stream is multiplied by
-    s = sqrt(ours / epsilon): the embeddings, the norm before the blocks if there is one, and every
-    block's two projections. Raises ValueError if `epsilon` is not positive.
+    Attention pooling has as many heads, if it `pools_alike`.
     """
-    if not isinstance(epsilon, float) or not 0 < epsilon < 1:
-        raise ValueError(f"epsilon of layer norms must be in (0, 1): got {epsilon!r}")
-    if epsilon == NORM_EPSILON:
-        return
-    scale = (NORM_EPSILON / epsilon) ** 0.5
-    names = ["conv1.weight", "class_embedding", "positional_embedding"]
-    names += [name for name in ("ln_pre.weight", "ln_pre.bias") if name in tensors]
-    for block in (BLOCK.format(i) for i in range(depth)):
-        names += [f"{block}{p}.{k}" for p in ("attn.out_proj", "mlp.c_proj") for k in _BOTH]
+    width, names = foreign.known["width"], ["num_heads"]
+    if pools_alike and foreign.known.get("pooling") == "attention":
+        names.append("pool_heads")
     for name in names:
-        tensors[name] = (scale * tensors[name].double()).float()
+        if width % head_dim == 0 and (head_dim != 64 or width <= _HEADS_OF_64):
+            foreign.assumed[name] = width // head_dim
+        else:
+            foreign.missing[name] = "in the model's description; weights do not tell"
 
 
-def resize_positions(positions: Tensor, grid: int) -> Tensor:
-    """Positional embedding `[1 + g*g, C]` at another grid, bicubic; the class token's is kept."""
-    old = round((len(positions) - 1) ** 0.5)
-    if old == grid:
-        return positions
-    plane = positions[1:].float().T.reshape(1, -1, old, old)
-    plane = F.interpolate(plane, (grid, grid), mode="bicubic", antialias=True, align_corners=False)
-    patches = plane.reshape(plane.shape[1], -1).T
-    return torch.cat([positions[:1].float(), patches])
+def pool_tokens(foreign: Foreign, pooling: str | None) -> None:
+    """Settles what stands for a frame, unless the tensors do: None leaves it open.
+
+    With a class token either may be chosen instead, for both are made of the same tokens.
+    """
+    known = foreign.known
+    if "pooling" in known:
+        return
+    if not known["class_token"]:
+        known["pooling"] = "mean"
+    elif pooling is None:
+        foreign.missing["pooling"] = "class or mean"
+    else:
+        known["pooling"] = pooling
+        foreign.free += ("pooling",)
+
+
+def know_rotary(foreign: Foreign, **fields: float) -> None:
+    """Settles rotary positions, by the fields of `RotaryConfig`."""
+    del foreign.known["rotary"]
+    foreign.known |= {f"rotary.{name}": value for name, value in fields.items()}

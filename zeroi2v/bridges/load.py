@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from zeroi2v.bridges import authors, open_clip, openai, timm, transformers
-from zeroi2v.bridges.foreign import Foreign, resize_positions
+from zeroi2v.bridges.foreign import Foreign
 from zeroi2v.bridges.reader import Source, read_source
+from zeroi2v.bridges.tensors import resize_positions
 from zeroi2v.config import ModelConfig, flat, recipe
 from zeroi2v.model.vit import VideoViT
 from zeroi2v.storage.checkpoint import CONFIG, WEIGHTS, check_state, is_native, load
@@ -22,6 +23,14 @@ _BRIDGES = (authors, openai, open_clip, transformers, timm)
 _ARCHITECTURE = ("width", "depth", "num_heads", "patch_size", "image_size", "mlp_ratio")
 _SETTLED = (*_ARCHITECTURE, "num_frames", "num_classes", "head_offsets", "activation")
 _SETTLED += ("adapter.scale", "adapter.ratio")
+
+# What is asked for even with a recipe: it is CLIP's there, and the file is of another family.
+_ASKED = ("activation", "norm_eps", "pooling", "pool_heads", "adapter")
+
+# Fields that a backbone need not have as the model does, or that its weights' shapes show; all
+# others say what it computes.
+_OWN = {"image_size", "num_frames", "num_classes", "head_offsets", "adapter", "mlp_ratio"}
+_OWN |= {"head_dropout", "preprocess", "labels", "pool_mlp_ratio"}
 
 # What anyone may choose, whatever the file says: none of it changes what the weights compute.
 _FREE = ("preprocess.", "labels", "head_dropout", "adapter.dropout")
@@ -50,13 +59,18 @@ def load_foreign(path: str | Path, recipe: str | None = None, **overrides: Any) 
 
 
 def load_image(path: str | Path, config: ModelConfig) -> tuple[VideoViT, list[str]]:
-    """A foreign image model with the heads and activation of `config`, and what was done to it.
+    """A foreign image model, and what was done to it; `config` settles what the file leaves open.
 
-    Raises as `load_foreign`, also if the file says otherwise than `config`.
+    Raises as `load_foreign`.
     """
-    given = {name: getattr(config, name) for name in ("num_heads", "activation")}
-    model, foreign = convert(read_source(path), None, given)
-    return model, [f"format {foreign.format}", *foreign.notes]
+    source = read_source(path)
+    foreign, model = _recognise(source), flat(config.to_dict())
+    names = {*foreign.missing, *foreign.assumed, *foreign.free}
+    names = {name for name in names if name.partition(".")[0] not in _OWN}
+    if "image_size" in foreign.missing:
+        names.add("image_size")
+    image = _convert(foreign, str(source.path), None, {name: model[name] for name in names})
+    return image, [f"format {foreign.format}", *foreign.notes]
 
 
 def load_backbone(model: VideoViT, path: str | Path) -> list[str]:
@@ -66,8 +80,8 @@ def load_backbone(model: VideoViT, path: str | Path) -> list[str]:
     well, and the classifier if it has the same classes: training goes on from there.
 
     Args:
-        model: any `VideoViT`. Its config settles what a bare file of weights does not say: heads
-            and activation.
+        model: any `VideoViT`. Its config settles what a bare file of weights does not say, such
+            as heads and activation.
         path: a native folder, or a file or folder of a foreign format, as for `load_foreign`.
             Positional embeddings are resized to the model's resolution.
     Returns:
@@ -85,9 +99,12 @@ def load_backbone(model: VideoViT, path: str | Path) -> list[str]:
     else:
         image, notes = load_image(path, ours)
     is_trained, kept = image.config.adapter is not None, ("temporal_embedding", "head.")
-    names = ["num_heads", "activation", "patch_size", "ln_pre", "width", "depth"]
+    theirs, mine = _image_fields(image.config), _image_fields(ours)
     if is_trained:
-        names += ["num_frames", "head_offsets", "adapter"]
+        for name in ("num_frames", "head_offsets", "adapter"):
+            theirs[name], mine[name] = getattr(image.config, name), getattr(ours, name)
+        if ours.adapter is not None:
+            theirs["adapter"] = replace(theirs["adapter"], dropout=ours.adapter.dropout)
         same = "num_classes", "labels"
         same = all(getattr(image.config, name) == getattr(ours, name) for name in same)
         kept = () if same else ("head.",)
@@ -95,17 +112,16 @@ def load_backbone(model: VideoViT, path: str | Path) -> list[str]:
             "a trained model: its adapters, its temporal embedding and "
             + ("its classifier go on" if same else "not its classifier, of other classes, go on")
         )
-    for name in names:
-        theirs, mine = getattr(image.config, name), getattr(ours, name)
-        if name == "adapter" and mine is not None:
-            theirs = replace(theirs, dropout=mine.dropout)
-        if theirs != mine:
+    for name in mine:
+        if theirs[name] != mine[name]:
             hint = "; merge it first, to train new adapters on it" if is_trained else ""
-            raise ValueError(f"backbone {path} has {name} {theirs!r}, the model {mine!r}{hint}")
+            raise ValueError(
+                f"backbone {path} has {name} {theirs[name]!r}, the model {mine[name]!r}{hint}"
+            )
     state = {n: t for n, t in image.state_dict().items() if not n.startswith(kept)}
     if image.config.image_size != ours.image_size:
         name = "positional_embedding"
-        state[name] = resize_positions(state[name], ours.grid)
+        state[name] = resize_positions(state[name], ours.grid, ours.num_prefix)
         notes.append(f"positional embedding resized from {image.config.image_size} pixels")
     own = {
         name: tensor
@@ -117,33 +133,59 @@ def load_backbone(model: VideoViT, path: str | Path) -> list[str]:
     return notes
 
 
+def _image_fields(config: ModelConfig) -> dict[str, Any]:
+    """What an image backbone computes: two configs that agree in it can share weights."""
+    told = {"num_heads": config.num_heads}
+    told |= {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _OWN}
+    if config.pooling != "attention":
+        del told["pool_heads"]
+    return told
+
+
 def convert(
     source: Source, recipe_name: str | None, overrides: dict[str, Any]
 ) -> tuple[VideoViT, Foreign]:
     """`load_foreign` of what was read, with what the file told. Raises as that."""
+    foreign = _recognise(source)
+    return _convert(foreign, str(source.path), recipe_name, flat(overrides)), foreign
+
+
+def _recognise(source: Source) -> Foreign:
     if source.configs.get(CONFIG, {}).get("format") == "zeroi2v":
         raise ValueError(f"{source.path.parent} is a native model: there is nothing to convert")
-    foreign = next((f for bridge in _BRIDGES if (f := bridge.convert(source))), None)
+    readings = ((bridge, bridge.convert(source)) for bridge in _BRIDGES)
+    bridge, foreign = next((found for found in readings if found[1]), (None, None))
     if foreign is None:
         raise ValueError(
-            f"{source.path} is of no known format: none of OpenAI CLIP, open_clip, transformers "
-            f"CLIP, timm ViT, ZeroI2V; it contains {', '.join(list(source.tensors)[:3])}"
+            f"{source.path} is of no known format: none of OpenAI CLIP, open_clip, transformers, "
+            f"timm ViT, ZeroI2V; it contains {', '.join(list(source.tensors)[:3])}"
+        )
+    if source.adapter is not None and bridge not in (transformers, timm):
+        raise ValueError(
+            f"{source.path.parent} holds a LoRA adapter for {foreign.format}: only for "
+            "models of transformers and timm is it known where that belongs"
         )
     for name, tensor in foreign.tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{source.path}: {name} must be finite: it contains inf or nan")
-    config = _settle(foreign, str(source.path), recipe_name, flat(overrides))
+    return foreign
+
+
+def _convert(
+    foreign: Foreign, where: str, recipe_name: str | None, overrides: dict[str, Any]
+) -> VideoViT:
+    config = _settle(foreign, where, recipe_name, overrides)
     if foreign.finish is not None:
         foreign.finish(config)
     state = {name: tensor.float() for name, tensor in foreign.tensors.items()}
     old, name = state["positional_embedding"], "positional_embedding"
-    state[name] = resize_positions(old, config.grid)
-    if len(state[name]) != len(old):
+    state[name] = resize_positions(old, config.grid, config.num_prefix)
+    if len(state[name]) != len(old) > config.num_prefix + 1:
         foreign.notes.append(
             f"positional embedding resized from {foreign.known['image_size']} "
             f"to {config.image_size} pixels"
         )
-    return _build(config, state, foreign, str(source.path)), foreign
+    return _build(config, state, foreign, where)
 
 
 def _settle(
@@ -151,17 +193,22 @@ def _settle(
 ) -> ModelConfig:
     """The whole config, from the file, the overrides and the recipe; asks for what none says."""
     told = foreign.assumed | foreign.known
+    if recipe_name is None:  # a recipe has its own way of resizing
+        told |= foreign.resizing
     base = None if recipe_name is None else flat(recipe(recipe_name).model.to_dict())
     for key, value in overrides.items():
-        bound = key in foreign.known and key != "image_size" and not key.startswith(_FREE)
+        bound = key in foreign.known and key not in foreign.free and not key.startswith(_FREE)
         if bound and _plain(foreign.known[key]) != _plain(value):
             raise ValueError(f"{key} must be {foreign.known[key]}, as in {where}: got {value}")
-        if key in ("activation", "num_heads") and key not in foreign.known:
+        if key in foreign.missing or key in foreign.assumed:
             usual = foreign.assumed.get(key, value)
             against = "" if usual == value else f", against the convention of {usual}"
             foreign.notes.append(f"{key} {value} as given, which the file does not tell{against}")
+        elif key in foreign.free and key != "image_size" and value != foreign.known[key]:
+            foreign.notes.append(f"{key} {value} as given, where the file has {foreign.known[key]}")
     if "num_heads" in foreign.assumed and "num_heads" not in overrides:
-        foreign.notes.append("heads by the convention of 64 channels each")
+        channels = foreign.known["width"] // foreign.assumed["num_heads"]
+        foreign.notes.append(f"heads by the convention of {channels} channels each")
     for key in _SETTLED if base is not None else ():
         both = key in told and key in base and key not in overrides
         if both and _plain(base[key]) != _plain(told[key]):
@@ -172,7 +219,7 @@ def _settle(
     asked = {
         key: hint
         for key, hint in foreign.missing.items()
-        if key not in overrides and (base is None or key in ("activation", "adapter"))
+        if key not in overrides and (base is None or key in _ASKED)
     }
     if asked:
         wants = "; ".join(f"{key}=… ({hint})" for key, hint in asked.items())
@@ -180,11 +227,12 @@ def _settle(
     if base is None:
         base = flat(ModelConfig(num_frames=1, num_classes=1, adapter=None).to_dict())
         base["head_offsets"] = (0,) * int((told | overrides)["num_heads"])
-    for key, value in (told | overrides).items():
-        if key == "adapter":
-            base = {k: v for k, v in base.items() if not k.startswith("adapter.")}
-        elif key.startswith("adapter."):
-            base.pop("adapter", None)
+    size = base["image_size"]
+    if (told | overrides).get("image_size", size) != size:
+        base |= {"preprocess.val_short_side": None, "preprocess.test_short_side": None}
+    for key, value in (told | overrides).items():  # a section replaces its absence, and none it
+        base = {k: v for k, v in base.items() if not k.startswith(f"{key}.")}
+        base.pop(key.rpartition(".")[0], None)
         base[key] = value
     return ModelConfig.from_dict(_nested(base))
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from zeroi2v.bridges.foreign import Foreign, describe
+from zeroi2v.bridges.foreign import Foreign
 from zeroi2v.bridges.reader import Source
+from zeroi2v.bridges.tensors import describe_clip
 
 # Numbers that OpenAI's archives carry as tensors; no other library's files do.
 MARKS = ("input_resolution", "context_length", "vocab_size")
@@ -20,7 +21,7 @@ def convert(source: Source) -> Foreign | None:
         tensors.pop(mark, None)
     kind = "TorchScript archive" if source.scripted else "state dict"
     foreign = Foreign(format=f"OpenAI CLIP ({kind})", tensors=tensors)
-    foreign.known = describe(tensors, str(source.path)) | {"activation": "quick_gelu"}
+    foreign.known = describe_clip(tensors, str(source.path)) | {"activation": "quick_gelu"}
     mark, size = names.get("input_resolution"), foreign.known["image_size"]
     if mark is not None and mark.tolist() != size:
         raise ValueError(

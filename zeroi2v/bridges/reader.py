@@ -12,7 +12,7 @@ import io
 import json
 import warnings
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "open_clip_pytorch_model.bin",
 )
+ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 CONFIG_FILES = (
+    ADAPTER_CONFIG,
     "config.json",
     "open_clip_config.json",
     "preprocessor_config.json",
@@ -58,6 +60,8 @@ class Source:
     """The config text inside an MMEngine checkpoint."""
     scripted: bool = False
     """Whether it is a TorchScript archive."""
+    adapter: dict[str, Tensor] | None = None
+    """Tensors of a LoRA adapter beside the weights (`ADAPTER`)."""
 
 
 class Inert:
@@ -80,18 +84,29 @@ def read_source(path: str | Path) -> Source:
         OSError: no such file, or none of `WEIGHT_FILES` in the folder.
         ValueError: damaged, or it names an object that a weights file has no need of.
     """
-    path = Path(path)
+    source = _read(Path(path))
+    if ADAPTER_CONFIG in source.configs:
+        adapter = source.path.parent / ADAPTER
+        if not adapter.is_file():
+            raise FileNotFoundError(f"{adapter.parent} contains {ADAPTER_CONFIG}, but no {ADAPTER}")
+        return replace(source, adapter=_read_safetensors(adapter))
+    return source
+
+
+def _read(path: Path) -> Source:
     if path.is_dir():
         index = path / "model.safetensors.index.json"
         if index.is_file():
             tensors: dict[str, Tensor] = {}
             for name in sorted(set(_read_json(index).get("weight_map", {}).values())):
                 tensors |= _read_safetensors(path / Path(name).name)
-            return _source(path, tensors, _read_configs(path))
+            return _source(index, tensors, _read_configs(path))
         for name in WEIGHT_FILES:
             if (path / name).is_file():
-                return read_source(path / name)
-        raise FileNotFoundError(f"{path} contains no weights: none of {', '.join(WEIGHT_FILES)}")
+                return _read(path / name)
+        beside = " beside its adapter" if (path / ADAPTER).is_file() else ""
+        names = ", ".join(WEIGHT_FILES)
+        raise FileNotFoundError(f"{path} contains no weights{beside}: none of {names}")
     if not path.is_file():
         raise FileNotFoundError(f"weights file not found: {path}")
     configs = _read_configs(path.parent) if path.name in WEIGHT_FILES else {}

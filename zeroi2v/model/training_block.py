@@ -24,7 +24,7 @@ Source: ZeroI2V (arXiv 2310.01324), section 3, for the block; the bookkeeping is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,6 @@ from zeroi2v.model.training_math import (
     AFTER_FC2,
     AFTER_PROJ,
     BEFORE_QKV,
-    NUM_FROZEN,
     BlockArithmetic,
     Frozen,
     Layer,
@@ -75,30 +74,35 @@ def training_block(block: Block, x: Tensor, cls_only: bool) -> Tensor:
         scale=adapter.scale if adapters else 0.0,
         dropout=dropout,
         activation=block.mlp.activation,
+        centres=block.ln_1.centres,
+        eps=block.ln_1.eps,
+        norm_attended=block.attn.ln is not None,
+        norm_hidden=block.mlp.ln is not None,
         memory=block.memory,
         cls_only=cls_only,
     )
     seed = torch.randint(2**62, (), device=x.device) if dropout else None
+    table = block.attn.rotary and block.attn.rotary.table(settings.dtype)
     if is_followed(x):
-        return block_forward(x, frozen + adapters, seed, *settings)[0]
-    return _Block.apply(x, seed, settings, *frozen, *adapters)
+        return block_forward(x, frozen + adapters, seed, table, *settings)[0]
+    return _Block.apply(x, seed, table, settings, *frozen, *adapters)
 
 
 class _Block(torch.autograd.Function):
     """The operators below without PyTorch's layers around them."""
 
     @staticmethod
-    def forward(ctx, x, seed, settings, *weights):
-        out, *kept = _forward(x, weights, seed, *settings)
+    def forward(ctx, x, seed, table, settings, *weights):
+        out, *kept = _forward(x, weights, seed, table, *settings)
         ctx.settings, ctx.num_weights = settings, len(weights)
-        ctx.save_for_backward(x, seed, *weights, *kept)
+        ctx.save_for_backward(x, seed, table, *weights, *kept)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x_grad, weight_grads, *_ = _backward(ctx, [grad], _gradients)
-        return x_grad, None, None, *weight_grads
+        return x_grad, None, None, None, *weight_grads
 
 
 def _parameters(block: Block) -> tuple[list[Tensor], list[Tensor]]:
@@ -111,34 +115,26 @@ def _parameters(block: Block) -> tuple[list[Tensor], list[Tensor]]:
         norm_2=Layer(block.ln_2.weight, block.ln_2.bias),
         fc1=Layer(mlp.c_fc.weight, mlp.c_fc.bias),
         fc2=Layer(mlp.c_proj.weight, mlp.c_proj.bias),
+        norm_attended=attn.ln and Layer(attn.ln.weight, attn.ln.bias),
+        norm_hidden=mlp.ln and Layer(mlp.ln.weight, mlp.ln.bias),
     )
     adapters = (attn.in_adapter, attn.out_adapter, mlp.in_adapter, mlp.out_adapter)
-    weights = [w for layer in frozen for w in layer]
+    weights = [w for layer in frozen if layer for w in layer]
     layers = [x for adapter in adapters if not isinstance(adapter, nn.Identity)
               for x in (adapter.down, adapter.up)]  # fmt: skip
     return weights, [p for layer in layers for p in (layer.weight, layer.bias)]
 
 
 @unwatched
-def _forward(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    seed: Tensor | None,
-    head_offsets: Sequence[int],
-    dtype: torch.dtype,
-    scale: float,
-    dropout: float,
-    activation: str,
-    memory: str,
-    cls_only: bool,
-) -> list[Tensor]:
+def _forward(x: Tensor, weights: Sequence[Tensor], seed, table, *settings) -> list[Tensor]:
     """The block's output, then what `block_backward` needs beside the inputs.
 
     `x` is `[B, T, N, C]`; `weights` are those of the backbone, then of the adapters, if any; `seed`
-    is of the dropouts, one int64, or None without dropout; the others are `Settings`.
+    is of the dropouts, one int64, or None without dropout; `table` is that of `Rotary`, or None;
+    the others are `Settings`.
     """
-    settings = Settings(head_offsets, dtype, scale, dropout, activation, memory, cls_only)
-    block = BlockArithmetic(x, weights, seed, settings)
+    settings = Settings(*settings)
+    block = BlockArithmetic(x, weights, seed, table, settings)
     made = block.until_fc1()
     out = block.after_fc1(made)
     kept = [made[name] for name in _kept(x, weights, settings)]
@@ -146,31 +142,21 @@ def _forward(
 
 
 @unwatched
-def _gradients(
-    grad: Tensor,
-    x: Tensor,
-    kept: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    seed: Tensor | None,
-    head_offsets: Sequence[int],
-    dtype: torch.dtype,
-    scale: float,
-    dropout: float,
-    activation: str,
-    memory: str,
-    cls_only: bool,
-    x_needs_grad: bool,
-) -> list[Tensor]:
-    """The gradient of `x`, if it is needed, then those of the adapters' weights."""
-    settings = Settings(head_offsets, dtype, scale, dropout, activation, memory, cls_only)
-    block = BlockArithmetic(x, weights, seed, settings)
+def _gradients(grad: Tensor, x: Tensor, kept, weights, seed, table, *values) -> list[Tensor]:
+    """The gradient of `x`, if it is needed, then those of the adapters' weights.
+
+    `values` are `Settings`, then whether `x` needs a gradient; the others as in `_forward`.
+    """
+    settings, x_needs_grad = Settings(*values[:-1]), values[-1]
+    block = BlockArithmetic(x, weights, seed, table, settings)
     made = dict(zip(_kept(x, weights, settings), kept, strict=True))
-    if memory == "recompute":
+    if settings.memory == "recompute":
         made |= block.until_fc1()
-    grads = [None] * len(weights[NUM_FROZEN:])
+    adapters = weights[settings.num_frozen :]
+    grads = [None] * len(adapters)
     rows = grad.reshape(-1, x.shape[-1]).contiguous()
     x_grad = block.backward(rows, made, grads, x_needs_grad)
-    grads = [g.to(w.dtype) for g, w in zip(grads, weights[NUM_FROZEN:], strict=True)]
+    grads = [g.to(w.dtype) for g, w in zip(grads, adapters, strict=True)]
     return [x_grad.view(x.shape), *grads] if x_needs_grad else grads
 
 
@@ -182,18 +168,28 @@ def _kept(x: Tensor, weights: Sequence[Tensor], settings: Settings) -> list[str]
         kept += ["attended", "middle", "fc1", "fc2"]
         kept += [] if attends_by_matmul(x, settings) else ["sums"]
         places = range(4) if settings.memory == "save" else [AFTER_PROJ]
-    if len(weights) == NUM_FROZEN:
+    if len(weights) == settings.num_frozen:
         return kept
     merged = merged_places(x, weights, settings)
     return kept + [f"bottleneck_{place}" for place in places if place not in merged]
 
 
-block_forward = torch.library.custom_op("zeroi2v::block_forward", _forward, mutates_args=())
-block_backward = torch.library.custom_op("zeroi2v::block_backward", _gradients, mutates_args=())
+_TYPES = {
+    Sequence[int]: "SymInt[]", torch.dtype: "ScalarType", float: "float", str: "str", bool: "bool",
+}  # fmt: skip
+_SETTINGS = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in get_type_hints(Settings).items())
+_INPUTS = f"Tensor[] weights, Tensor? seed, Tensor? table, {_SETTINGS}"
+block_forward = torch.library.custom_op(
+    "zeroi2v::block_forward", _forward, mutates_args=(), schema=f"(Tensor x, {_INPUTS}) -> Tensor[]"
+)
+block_backward = torch.library.custom_op(
+    "zeroi2v::block_backward", _gradients, mutates_args=(),
+    schema=f"(Tensor grad, Tensor x, Tensor[] kept, {_INPUTS}, bool x_needs_grad) -> Tensor[]",
+)  # fmt: skip
 
 
 @block_forward.register_fake
-def _(x, weights, seed, *values):
+def _(x, weights, seed, table, *values):
     settings = Settings(*values)
     batch, frames, tokens, width = x.shape
     asked = 1 if settings.cls_only else tokens
@@ -203,10 +199,10 @@ def _(x, weights, seed, *values):
         "query": (asked_rows, width),
         "key_value": (rows, 2 * width),
         "attended": (asked_rows, width),
-        "fc1": (asked_rows, Frozen.of(weights).fc1.weight.shape[0]),
+        "fc1": (asked_rows, Frozen.of(weights, settings).fc1.weight.shape[0]),
         "fc2": (asked_rows, width),
     }
-    for place, down in enumerate(weights[NUM_FROZEN::4]):
+    for place, down in enumerate(weights[settings.num_frozen :: 4]):
         num_rows = rows if place == BEFORE_QKV else asked_rows
         shapes[f"bottleneck_{place}"] = (num_rows, down.shape[0])
     made = {name: x.new_empty(shape, dtype=settings.dtype) for name, shape in shapes.items()}
@@ -226,27 +222,27 @@ def _fake_sums(x: Tensor, asked: int, settings: Settings) -> Tensor:
 
 
 @block_backward.register_fake
-def _(grad, x, kept, weights, *values):
-    grads = [torch.empty_like(w) for w in weights[NUM_FROZEN:]]
+def _(grad, x, kept, weights, seed, table, *values):
+    grads = [torch.empty_like(w) for w in weights[Settings(*values[:-1]).num_frozen :]]
     return [x.new_empty(x.shape), *grads] if values[-1] else grads
 
 
 def _save(ctx, inputs, output):
-    x, weights, seed, *settings = inputs
+    x, weights, seed, table, *settings = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.settings, ctx.num_weights = settings, len(weights)
-    ctx.save_for_backward(x, seed, *weights, *output[1:])
+    ctx.settings, ctx.num_weights = Settings(*settings), len(weights)
+    ctx.save_for_backward(x, seed, table, *weights, *output[1:])
 
 
 def _backward(ctx, grads, gradients=block_backward):
-    x, seed, *tensors = ctx.saved_tensors
+    x, seed, table, *tensors = ctx.saved_tensors
     weights, kept = tensors[: ctx.num_weights], tensors[ctx.num_weights :]
     x_needs_grad = ctx.needs_input_grad[0]
-    given = gradients(grads[0], x, kept, weights, seed, *ctx.settings, x_needs_grad)
+    given = gradients(grads[0], x, kept, weights, seed, table, *ctx.settings, x_needs_grad)
     x_grad = given.pop(0) if x_needs_grad else None
-    weight_grads = [None] * NUM_FROZEN + given
-    return x_grad, weight_grads, *[None] * (1 + len(ctx.settings))
+    weight_grads = [None] * ctx.settings.num_frozen + given
+    return x_grad, weight_grads, *[None] * (2 + len(ctx.settings))
 
 
 block_forward.register_autograd(_backward, setup_context=_save)

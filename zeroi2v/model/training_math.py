@@ -25,16 +25,14 @@ from zeroi2v_kernels.adapter_linear import (
     merged_after_grad,
     parameter_grads,
 )
+from zeroi2v_kernels.rotary import turn_
 from zeroi2v_kernels.stdha import _move_heads_
 
+from zeroi2v.model.activation import activate, activate_grad
 from zeroi2v.model.linear import linear, scaled_linear
 
-NUM_FROZEN = 12
-"""Weights of the backbone: norm 1, qkv, proj, norm 2, fc1, fc2; each a weight and a bias."""
 BEFORE_QKV, AFTER_PROJ, BEFORE_FC1, AFTER_FC2 = range(4)
 """Places of the adapters."""
-EPS = 1e-5
-"""Of the layer norms."""
 
 
 class Layer(NamedTuple):
@@ -56,11 +54,15 @@ class Frozen(NamedTuple):
     norm_2: Layer
     fc1: Layer
     fc2: Layer
+    norm_attended: Layer | None
+    norm_hidden: Layer | None
 
     @classmethod
-    def of(cls, weights: Sequence[Tensor]) -> Frozen:
+    def of(cls, weights: Sequence[Tensor], settings: Settings) -> Frozen:
         """Of all `weights` of a block, those of its adapters after them."""
-        return cls(*(Layer(*weights[i : i + 2]) for i in range(0, NUM_FROZEN, 2)))
+        layers = iter(Layer(*weights[i : i + 2]) for i in range(0, settings.num_frozen, 2))
+        has = [True] * 6 + [settings.norm_attended, settings.norm_hidden]
+        return cls(*(next(layers) if there else None for there in has))
 
 
 class Settings(NamedTuple):
@@ -75,19 +77,32 @@ class Settings(NamedTuple):
     dropout: float
     """Probability of zeroing an element of a bottleneck."""
     activation: str
-    """`quick_gelu` or `gelu`."""
+    """That of the config."""
+    centres: bool
+    """Norms are layer norms, and not RMS norms."""
+    eps: float
+    """Of the norms."""
+    norm_attended: bool
+    """A norm comes between attention and its output projection."""
+    norm_hidden: bool
+    """A norm comes between the activation and fc2."""
     memory: str
     """`save`, `lean` or `recompute`."""
     cls_only: bool
     """Compute the CLS token's output alone."""
 
+    @property
+    def num_frozen(self) -> int:
+        """How many weights are of the backbone: a weight and a bias for each layer and norm."""
+        return 2 * (6 + self.norm_attended + self.norm_hidden)
+
 
 def merged_places(x: Tensor, weights: Sequence[Tensor], settings: Settings) -> list[int]:
     """Where the adapter is merged into its layer for the forward: without dropout, if it pays."""
-    if settings.dropout or settings.cls_only or len(weights) == NUM_FROZEN:
+    if settings.dropout or settings.cls_only or len(weights) == settings.num_frozen:
         return []
     num_rows = x.shape[:-1].numel()
-    frozen = Frozen.of(weights)
+    frozen = Frozen.of(weights, settings)
     layers = {BEFORE_QKV: frozen.qkv, AFTER_PROJ: frozen.proj, BEFORE_FC1: frozen.fc1}
     return [
         place
@@ -107,21 +122,23 @@ def attends_by_matmul(x: Tensor, settings: Settings) -> bool:
 class BlockArithmetic:
     """One pass through a block, forward or backward."""
 
-    def __init__(self, x, weights, seed, settings: Settings):
+    def __init__(self, x, weights, seed, table, settings: Settings):
         self.batch, self.frames, self.tokens, self.width = x.shape
         self.x, self.settings, self.dtype = x.reshape(-1, self.width), settings, settings.dtype
         self.cls_only, self.head_offsets = settings.cls_only, tuple(settings.head_offsets)
         self.on_kernels = choice.uses_kernels(x)
-        frozen = Frozen.of(weights)
-        self.norm_1, self.norm_2 = frozen.norm_1, frozen.norm_2
-        if not self.on_kernels:  # which widen as they read
-            wide = torch.promote_types(x.dtype, torch.float32)
-            self.norm_1, self.norm_2 = self.norm_1.to(wide), self.norm_2.to(wide)
+        self.table = table
+        frozen = Frozen.of(weights, settings)
+        # Kernels widen the norms' weights as they read.
+        wide = None if self.on_kernels else torch.promote_types(x.dtype, torch.float32)
+        self.norm_1, self.norm_2, self.norm_attended, self.norm_hidden = (
+            norm.to(wide) if norm and wide else norm
+            for norm in (frozen.norm_1, frozen.norm_2, frozen.norm_attended, frozen.norm_hidden)
+        )
         layers = (frozen.qkv, frozen.proj, frozen.fc1, frozen.fc2)
         self.qkv, self.proj, self.fc1, self.fc2 = (layer.to(self.dtype) for layer in layers)
-        wide = [
-            Adapter(*weights[i : i + 4], settings.scale) for i in range(NUM_FROZEN, len(weights), 4)
-        ]
+        first = settings.num_frozen
+        wide = [Adapter(*weights[i : i + 4], settings.scale) for i in range(first, len(weights), 4)]
         self.adapters = [Adapter(*(w.to(self.dtype) for w in a[:4]), a.scale) for a in wide]
         self.dropouts = [Dropout(settings.dropout, seed, place) for place in range(4)]
         self.merged = {
@@ -132,7 +149,8 @@ class BlockArithmetic:
         }
         self.by_matmul = attends_by_matmul(x, settings)
         # PyTorch has silu but not QuickGELU; the factors ride on the products around it.
-        self.is_silu = settings.activation == "quick_gelu" and not self.on_kernels
+        scales = settings.activation == "quick_gelu" and not settings.norm_hidden
+        self.is_silu = scales and not self.on_kernels
         self.factor = 1.702 if self.is_silu else 1.0
 
     def until_fc1(self) -> dict[str, Tensor]:
@@ -142,7 +160,8 @@ class BlockArithmetic:
         x = self._adapt(BEFORE_QKV, x, made)
         self._project(self.merged.get(BEFORE_QKV, self.qkv), x, made)
         self._attend(made)
-        branch = linear(made["attended"], *self.merged.get(AFTER_PROJ, self.proj))
+        attended = self._inner_norm(made["attended"], self.norm_attended)[0]
+        branch = linear(attended, *self.merged.get(AFTER_PROJ, self.proj))
         branch = self._adapt(AFTER_PROJ, branch, made)
         x, made["middle"] = self._add_norm(branch, self._asked_rows(self.x), self.norm_2)
         x = self._adapt(BEFORE_FC1, x, made)
@@ -152,9 +171,8 @@ class BlockArithmetic:
 
     def after_fc1(self, made: dict[str, Tensor]) -> Tensor:
         """The block's output from what `until_fc1` made; adds what is made on the way."""
-        made["fc2"] = scaled_linear(
-            self._activate(made["fc1"]), *self.fc2, input_scale=1 / self.factor
-        )
+        active = self._inner_norm(self._activate(made["fc1"]), self.norm_hidden)[0]
+        made["fc2"] = scaled_linear(active, *self.fc2, input_scale=1 / self.factor)
         if not self.adapters:
             return made["fc2"] + made["middle"]
         out, made["bottleneck_3"] = adapt(
@@ -167,13 +185,20 @@ class BlockArithmetic:
     ) -> Tensor | None:
         """Gradient of x for that of the output; fills in `grads`, those of the adapters."""
         # MLP
+        if self.norm_hidden or "fc2" not in made:
+            hidden = self._activate(made["fc1"])
+            active, *statistics = self._inner_norm(hidden, self.norm_hidden)
         if "fc2" in made:
             out_grad = self._adapt_grad(AFTER_FC2, grad, made["fc2"], made, grads)
         else:
-            active = self._activate(made["fc1"]).div_(self.factor)
+            active = active.div_(self.factor) if self.is_silu else active
             out_grad = self._adapt_grad(AFTER_FC2, grad, active, made, grads, self.fc2)
             del active
-        hidden_grad = self._activate_grad(linear(out_grad, self.fc2.weight.t()), made["fc1"])
+        hidden_grad = linear(out_grad, self.fc2.weight.t())
+        if self.norm_hidden:
+            hidden_grad = self._norm_grad(hidden_grad, hidden, statistics, self.norm_hidden, None)
+            del hidden
+        hidden_grad = self._activate_grad(hidden_grad, made["fc1"])
         x_grad = linear(hidden_grad, self.fc1.weight.t())
         del hidden_grad, out_grad
         x, *statistics = self._norm(made["middle"], self.norm_2)
@@ -181,7 +206,7 @@ class BlockArithmetic:
         middle_grad = self._norm_grad(x_grad, made["middle"], statistics, self.norm_2, grad)
 
         # attention
-        attended = made["attended"]
+        attended, *inner = self._inner_norm(made["attended"], self.norm_attended)
         if AFTER_PROJ in self.merged:
             out_grad, grads[4:8] = merged_after_grad(
                 middle_grad.to(self.dtype), attended, *self.proj, self.adapters[AFTER_PROJ]
@@ -191,6 +216,9 @@ class BlockArithmetic:
                 AFTER_PROJ, middle_grad, attended, made, grads, self.proj
             )
             out_grad = linear(branch_grad, self.proj.weight.t())
+        if self.norm_attended:
+            norm = self.norm_attended
+            out_grad = self._norm_grad(out_grad, made["attended"], inner, norm, None)
         x_grad = self._project_grad(self._attend_grad(out_grad, made))
         if not (self.adapters or x_needs_grad):
             return None
@@ -233,51 +261,86 @@ class BlockArithmetic:
         )
         return out
 
-    # layer norm
+    # norms
 
-    def _norm(self, x: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Layer norm in the dtype of products; mean and 1 / deviation, in float32 at least."""
+    def _norm(self, x: Tensor, norm: Layer) -> tuple[Tensor, Tensor, Tensor]:
+        """The norm in the dtype of products; mean and 1 / deviation, in float32 at least.
+
+        The mean is zero for RMS norms.
+        """
+        eps, centres = self.settings.eps, self.settings.centres
         if self.on_kernels:
             from zeroi2v_kernels.norm import norm_forward
 
-            out, _, mean, rstd = norm_forward(x, None, *weights, EPS, self.dtype)
+            out, _, mean, rstd = norm_forward(x, None, *norm, eps, centres, self.dtype)
             return out, mean, rstd
-        out, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], *weights, EPS)
-        return out.to(self.dtype), mean, rstd
+        if centres:
+            out, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], *norm, eps)
+            return out.to(self.dtype), mean, rstd
+        wide = x.to(norm.weight.dtype)
+        rstd = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+        out = wide * rstd * norm.weight + norm.bias
+        return out.to(self.dtype), torch.zeros_like(rstd), rstd
 
-    def _add_norm(self, branch, residual, weights) -> tuple[Tensor, Tensor]:
-        """Layer norm of the sum, and the sum in the residual's dtype; branch may be lost."""
+    def _inner_norm(self, x: Tensor, norm: Layer | None) -> tuple[Tensor, ...]:
+        """`_norm` where the block has one there, else x alone."""
+        return self._norm(x, norm) if norm else (x,)
+
+    def _add_norm(self, branch: Tensor, residual: Tensor, norm: Layer) -> tuple[Tensor, Tensor]:
+        """The norm of the sum, and the sum in the residual's dtype; branch may be lost."""
         if self.on_kernels:
             from zeroi2v_kernels.norm import norm_forward
 
-            return norm_forward(branch, residual.contiguous(), *weights, EPS, self.dtype)[:2]
+            rest = (residual.contiguous(), *norm, self.settings.eps, self.settings.centres)
+            return norm_forward(branch, *rest, self.dtype)[:2]
         total = branch.add_(residual) if branch.dtype == residual.dtype else branch + residual
-        return self._norm(total, weights)[0], total
+        return self._norm(total, norm)[0], total
 
-    def _norm_grad(self, grad, x, statistics, weights, passed) -> Tensor:
-        """Gradient of the layer norm's input x, plus the gradient passed to x by others, if any."""
+    def _norm_grad(self, grad, x, statistics, norm: Layer, passed: Tensor | None) -> Tensor:
+        """Gradient of the norm's input x, plus the gradient passed to x by others, if any."""
         if self.on_kernels:
             from zeroi2v_kernels.norm import norm_backward
 
-            return norm_backward(grad, passed, x, *statistics, weights[0], False)[0]
-        out = torch.ops.aten.native_layer_norm_backward(
-            grad.to(x.dtype), x, x.shape[-1:], *statistics, *weights, (True, False, False)
-        )[0]
+            rest = (x, *statistics, norm.weight, self.settings.centres, False)
+            return norm_backward(grad, passed, *rest)[0]
+        if self.settings.centres:
+            out = torch.ops.aten.native_layer_norm_backward(
+                grad.to(x.dtype), x, x.shape[-1:], *statistics, *norm, (True, False, False)
+            )[0]
+        else:
+            rstd = statistics[1]
+            scaled, y = grad.to(rstd.dtype) * norm.weight, x.to(rstd.dtype) * rstd
+            out = (rstd * (scaled - y * (scaled * y).mean(-1, keepdim=True))).to(x.dtype)
         return out if passed is None else out.add_(passed)
 
     # attention
 
     def _project(self, qkv: list[Tensor], x: Tensor, made: dict[str, Tensor]) -> None:
-        """Queries, keys and values; on the CPU these move to the frames that read them."""
+        """Queries, keys and values, turned by rotary positions if there are any.
+
+        On the CPU keys and values then move to the frames that read them.
+        """
         if self.cls_only:
             weight, bias = (w.split((self.width, 2 * self.width)) for w in qkv)
             made["query"] = linear(self._asked_rows(x), weight[0], bias[0])
             made["key_value"] = linear(x, weight[1], bias[1])
         else:
             made["qkv"] = linear(x, *qkv)
+        self._turn(made["key_value" if self.cls_only else "qkv"])
         if not (self.on_kernels or self.by_matmul):
             _, key_value = self._split(made)
             _move_heads_(key_value, key_value, self.head_offsets)
+
+    def _turn(self, rows: Tensor, back: bool = False) -> None:
+        """Turns queries and keys by their places in place, if the block does; or keys alone.
+
+        `rows` holds whole tokens of what the attention takes: of queries, keys and values; keys and
+        values; or of one of them.
+        """
+        if self.table is not None:
+            heads = len(self.head_offsets)
+            x = rows.view(self.batch, self.frames, self.tokens, -1, heads, self.width // heads)
+            turn_(x, self.table, max(1, x.shape[3] - 1), back)
 
     def _split(self, made: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Queries `[B, T, M, H, D]`, keys and values `[B, T, N, 2, H, D]`."""
@@ -318,12 +381,16 @@ class BlockArithmetic:
                 from zeroi2v_kernels import stdha_launch
 
                 stdha_launch.backward(grad, query, key_value, out, made["sums"], *last)
+            self._turn(packed[names[-1]], back=True)
             return list(packed.values())
         tensors = _flash_layout(grad, query, *key_value.unbind(3), out)
         grads = _flash_backward(*tensors, made["sums"])
         for x in grads[1:]:
             _collect_heads_(x.unflatten(0, (self.batch, self.frames)), self.head_offsets)
-        return [x.transpose(1, 2).reshape(-1, self.width) for x in grads]
+        rows = [x.transpose(1, 2).reshape(-1, self.width) for x in grads]
+        for x in rows[1 if self.cls_only else 0 : 2]:
+            self._turn(x, back=True)
+        return rows
 
     def _project_grad(self, grads: list[Tensor]) -> Tensor:
         """Gradient of the input of the projection to queries, keys and values."""
@@ -349,7 +416,7 @@ class BlockArithmetic:
             from zeroi2v_kernels.activation import activation_forward
 
             return activation_forward(x, None, self.settings.activation)
-        return F.silu(x) if self.is_silu else F.gelu(x)
+        return F.silu(x) if self.is_silu else activate(x, self.settings.activation)
 
     def _activate_grad(self, grad: Tensor, x: Tensor) -> Tensor:
         """Gradient of the activation's input x; that of its output may be written over."""
@@ -357,9 +424,9 @@ class BlockArithmetic:
             from zeroi2v_kernels.activation import activation_backward
 
             return activation_backward(grad, x, None, self.settings.activation)
-        aten = torch.ops.aten
-        backward = aten.silu_backward if self.is_silu else aten.gelu_backward
-        return backward.grad_input(grad, x, grad_input=grad)
+        if self.is_silu:
+            return torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=grad)
+        return activate_grad(grad, x, self.settings.activation)
 
 
 def _flash_layout(*tensors: Tensor) -> list[Tensor]:

@@ -1,10 +1,11 @@
-"""VideoViT: a CLIP image transformer that reads video. Readable from top to bottom.
+"""VideoViT: an image transformer that reads video. Readable from top to bottom.
 
-Every frame is a row of patch tokens and a CLS token. All layers work within frames, except the
-attention heads that read a neighbouring frame's keys and values (`attention.py`). With
-`adapter=None` and zero offsets it is the plain image ViT, applied to each frame.
+Every frame is a row of patch tokens, in most families after a CLS token and registers. All layers
+work within frames, except the attention heads that read a neighbouring frame's keys and values
+(`attention.py`). With `adapter=None` and zero offsets it is the plain image ViT, applied to each
+frame.
 
-Shapes: B clips, T frames, N tokens a frame (the first is CLS), C channels.
+Shapes: B clips, T frames, N tokens a frame (CLS the first, if there is one), C channels.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 from zeroi2v_kernels import choice
 
-from zeroi2v.config import ModelConfig
+from zeroi2v.config import AdapterConfig, ModelConfig
+from zeroi2v.model.activation import activate
 from zeroi2v.model.adapter import LinearAdapter
 from zeroi2v.model.attention import STDHA
 from zeroi2v.model.graphs import Graphs, can_replay
-from zeroi2v.model.linear import ScaledLinear
+from zeroi2v.model.linear import Linear, ScaledLinear
+from zeroi2v.model.norm import Norm
 from zeroi2v.model.training_block import Memory, can_train, training_block
 
 
@@ -31,7 +34,9 @@ class VideoViT(nn.Module, ModelHubMixin):
     """Classifies clips of `config.num_frames` frames.
 
     Parameters have OpenAI CLIP's visual names, plus `temporal_embedding`, `head` and, while
-    training, the adapters.
+    training, the adapters; other families' parts follow `ModelConfig`. All linear layers and norms
+    have biases, zeros where the source has none, and `positional_embedding` includes the bias that
+    others add to patches, except where these are normed first.
 
     Source: ZeroI2V (arXiv 2310.01324), section 3; CLIP (arXiv 2103.00020).
     """
@@ -43,13 +48,18 @@ class VideoViT(nn.Module, ModelHubMixin):
         """JSON texts by file name (`model_card.ORIGINS`) that are saved with it."""
         self.graphs: Graphs | None = None  # chosen by `accelerate`
         width = config.width
-        self.conv1 = PatchEmbedding(width, config.patch_size)
-        self.class_embedding = nn.Parameter(torch.empty(width))
+        self.conv1 = PatchEmbedding(width, config.patch_size, bias=config.norm_patches)
+        self.ln_patch = Norm(width, config) if config.norm_patches else None
+        if config.class_token:
+            self.class_embedding = nn.Parameter(torch.empty(width))
+        if config.num_registers:
+            self.register_tokens = nn.Parameter(torch.empty(config.num_registers, width))
         self.positional_embedding = nn.Parameter(torch.empty(config.num_tokens, width))
         self.temporal_embedding = nn.Parameter(torch.zeros(config.num_frames, width))
-        self.ln_pre = LayerNorm(width) if config.ln_pre else nn.Identity()
+        self.ln_pre = Norm(width, config) if config.ln_pre else nn.Identity()
         self.transformer = Transformer(config)
-        self.ln_post = LayerNorm(width)
+        self.ln_post = Norm(width, config)
+        self.pool = AttentionPool(config) if config.pooling == "attention" else None
         self.dropout = nn.Dropout(config.head_dropout)
         self.head = nn.Linear(width, config.num_classes)
         self._init_weights()
@@ -64,12 +74,16 @@ class VideoViT(nn.Module, ModelHubMixin):
         return self.head(self.dropout(self.features(video).mean(dim=1)))
 
     def features(self, video: Tensor) -> Tensor:
-        """Normalised `video [B, 3, T, H, W]` -> the CLS token of each frame, `[B, T, C]`.
+        """Normalised `video [B, 3, T, H, W]` -> what stands for each frame, `[B, T, C]`.
 
-        Only CLS leaves the last block, so that block computes the rest of the way for CLS alone.
+        That is the CLS token, or with other pooling what is read from all tokens. If only CLS is
+        read, the last block computes the rest of the way for CLS alone.
         """
-        x = self.transformer(self.embed(video), cls_only=True)
-        return self.ln_post(x.squeeze(2))
+        pooling = self.config.pooling
+        x = self.ln_post(self.transformer(self.embed(video), cls_only=pooling == "class"))
+        if pooling == "class":
+            return x.squeeze(2)
+        return self.pool(x) if self.pool else x[:, :, self.config.num_prefix :].mean(2)
 
     def tokens(self, video: Tensor) -> Tensor:
         """Normalised `video [B, 3, T, H, W]` -> all tokens of the last block, `[B, T, N, C]`."""
@@ -85,9 +99,13 @@ class VideoViT(nn.Module, ModelHubMixin):
             raise ValueError(
                 f"video must be [B, 3, {frames}, {size}, {size}]: got {list(video.shape)}"
             )
-        patches = self.conv1(video.to(self.conv1.weight.dtype))
-        cls = self.class_embedding.to(patches.dtype).expand(*patches.shape[:2], 1, -1)
-        x = torch.cat([cls, patches], dim=2) + self.positional_embedding.to(patches.dtype)
+        x = self.conv1(video.to(self.conv1.weight.dtype))
+        x = self.ln_patch(x) if self.ln_patch else x
+        for name in ("register_tokens", "class_embedding"):
+            if (tokens := getattr(self, name, None)) is not None:
+                tokens = tokens.to(x.dtype).expand(*x.shape[:2], tokens.numel() // x.shape[-1], -1)
+                x = torch.cat([tokens, x], dim=2)
+        x = x + self.positional_embedding.to(x.dtype)
         x = x + self.temporal_embedding.to(x.dtype).unsqueeze(1)
         return self.ln_pre(x)
 
@@ -162,14 +180,15 @@ class VideoViT(nn.Module, ModelHubMixin):
         save(self, folder)
 
     def _init_weights(self) -> None:
-        if self.class_embedding.is_meta:
+        if self.head.weight.is_meta:
             return  # weights will be read; drawing them there would import a compiler for seconds
         width = self.config.width
         for module in self.modules():
             if isinstance(module, STDHA):
                 nn.init.normal_(module.in_proj_weight, std=width**-0.5)
-        nn.init.normal_(self.class_embedding, std=width**-0.5)
-        nn.init.normal_(self.positional_embedding, std=width**-0.5)
+        for name, parameter in self.named_parameters(recurse=False):
+            if name != "temporal_embedding":
+                nn.init.normal_(parameter, std=width**-0.5)
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
 
@@ -181,14 +200,15 @@ class PatchEmbedding(nn.Conv2d):
     float32 multiplies in TF32 unless told otherwise.
     """
 
-    def __init__(self, width: int, patch_size: int):
-        super().__init__(3, width, kernel_size=patch_size, stride=patch_size, bias=False)
+    def __init__(self, width: int, patch_size: int, bias: bool = False):
+        super().__init__(3, width, kernel_size=patch_size, stride=patch_size, bias=bias)
 
     def forward(self, video: Tensor) -> Tensor:
         """`[B, 3, T, H, W]` -> `[B, T, H/P W/P, C]`."""
         if choice.patches_by_product(video):
             patch, pattern = self.kernel_size[0], "b c t (h p) (w q) -> b t (h w) (c p q)"
-            return F.linear(rearrange(video, pattern, p=patch, q=patch), self.weight.flatten(1))
+            patches = rearrange(video, pattern, p=patch, q=patch)
+            return F.linear(patches, self.weight.flatten(1), self.bias)
         images = rearrange(video, "b c t h w -> (b t) c h w")
         return rearrange(super().forward(images), "(b t) c h w -> b t (h w) c", t=video.shape[2])
 
@@ -212,10 +232,10 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.ln_1 = LayerNorm(config.width)
+        self.ln_1 = Norm(config.width, config)
         self.attn = STDHA(config)
-        self.ln_2 = LayerNorm(config.width)
-        self.mlp = MLP(config)
+        self.ln_2 = Norm(config.width, config)
+        self.mlp = MLP(config, config.hidden, config.adapter)
         self.memory: Memory | None = None  # chosen by `freeze` or `set_memory`
 
     def forward(self, x: Tensor, cls_only: bool = False) -> Tensor:
@@ -235,16 +255,18 @@ class MLP(nn.Module):
     and applies the activation.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, hidden: int, adapter: AdapterConfig | None):
         super().__init__()
-        width, hidden = config.width, round(config.width * config.mlp_ratio)
+        width = config.width
         self.activation = config.activation
-        self.activation_scale = 1.702 if config.activation == "quick_gelu" else None
-        self.c_fc = ScaledLinear(width, hidden)
+        self.c_fc = ScaledLinear(width, hidden * (2 if config.activation == "swiglu" else 1))
+        self.ln = Norm(hidden, config) if config.norm_hidden else None
         self.c_proj = ScaledLinear(hidden, width)
-        if config.adapter:
-            self.in_adapter = LinearAdapter(width, config.adapter_rank, config.adapter)
-            self.out_adapter = LinearAdapter(width, config.adapter_rank, config.adapter)
+        scales = config.activation == "quick_gelu" and not config.norm_hidden
+        self.activation_scale = 1.702 if scales else None
+        if adapter:
+            self.in_adapter = LinearAdapter(width, config.adapter_rank, adapter)
+            self.out_adapter = LinearAdapter(width, config.adapter_rank, adapter)
         else:
             self.in_adapter = self.out_adapter = nn.Identity()
 
@@ -255,43 +277,41 @@ class MLP(nn.Module):
             from zeroi2v_kernels.activation import bias_activation
 
             hidden = F.linear(x, self.c_fc.weight)
-            x = self.c_proj(bias_activation(hidden, self.c_fc.bias, self.activation))
+            hidden = bias_activation(hidden, self.c_fc.bias, self.activation)
         elif self.activation_scale is None:
-            x = self.c_proj(F.gelu(self.c_fc(x)))
+            hidden = activate(self.c_fc(x), self.activation)
         else:
             scale = self.activation_scale
             hidden = self.c_fc(x, input_scale=scale, bias_scale=scale)
             # Without autograd the activation is written over its input.
-            x = self.c_proj(
-                F.silu(hidden, inplace=not torch.is_grad_enabled()), input_scale=1 / scale
-            )
-        return self.out_adapter(x)
+            hidden = F.silu(hidden, inplace=not torch.is_grad_enabled())
+            return self.out_adapter(self.c_proj(hidden, input_scale=1 / scale))
+        return self.out_adapter(self.c_proj(self.ln(hidden) if self.ln else hidden))
 
 
-class LayerNorm(nn.LayerNorm):
-    """Layer norm with statistics and arithmetic in float32 at least, whatever the input's dtype.
+class AttentionPool(nn.Module):
+    """What one learned query reads from all tokens of a frame, and an MLP beside it.
 
-    PyTorch's kernels do so in registers for half precision, input and output staying narrow; only
-    under autocast, which widens both, is the output cast back. On CUDA one kernel of ours also
-    makes the sum that is normalised.
+    The query is kept as it is after its projection, which for a learned one changes nothing.
+
+    Source: SigLIP (arXiv 2303.15343), whose head is that of Set Transformer (arXiv 1810.00825).
     """
 
-    def __init__(self, width: int):
-        super().__init__(width, eps=1e-5)
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        width = config.width
+        self.num_heads = config.pool_heads
+        self.query = nn.Parameter(torch.zeros(width))
+        self.key_value = Linear(width, 2 * width)
+        self.out_proj = Linear(width, width)
+        self.ln = Norm(width, config)
+        self.mlp = MLP(config, round(width * config.pool_mlp_ratio), adapter=None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., C]` -> `[..., C]`, same dtype."""
-        if choice.uses_kernels(x):
-            from zeroi2v_kernels.norm import add_layer_norm
-
-            return add_layer_norm(x, None, self.weight, self.bias, self.eps)[0]
-        return super().forward(x).to(x.dtype)
-
-    def of_sum(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of `x + added`, and that sum; on CUDA in one pass."""
-        if choice.uses_kernels(x) and added.dtype == x.dtype:
-            from zeroi2v_kernels.norm import add_layer_norm
-
-            return add_layer_norm(added, x, self.weight, self.bias, self.eps)
-        total = x + added
-        return self(total), total
+        """`[B, T, N, C]` -> `[B, T, C]`."""
+        key_value = self.key_value(x).unflatten(-1, (2, self.num_heads, -1))
+        query = self.query.to(x.dtype).view(self.num_heads, 1, -1)
+        query = query.expand(*x.shape[:2], -1, -1, -1)  # [B, T, H, 1, D]
+        key, value = key_value.permute(3, 0, 1, 4, 2, 5)  # [B, T, H, N, D] each
+        x = self.out_proj(F.scaled_dot_product_attention(query, key, value).flatten(-3))
+        return x + self.mlp(self.ln(x))

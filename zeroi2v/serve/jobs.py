@@ -23,7 +23,7 @@ from zeroi2v.model.vit import VideoViT
 from zeroi2v.serve.limits import Limits, Refused
 from zeroi2v.storage.checkpoint import fetch
 from zeroi2v.storage.runtimes import load_deployed
-from zeroi2v.visualize import attention_maps, rows_of
+from zeroi2v.visualize import attention_maps, name_of, rows_of, token_of, usual_query
 
 WINDOWS = 60
 """Most windows of a timeline: those of a long video lie further apart."""
@@ -96,16 +96,17 @@ class Jobs:
         mean, std = (torch.tensor(x).view(3, 1, 1, 1) for x in (pixels.mean, pixels.std))
         images = (video[0].cpu() * std + mean).round().clamp(0, 255).to(torch.uint8)
         last = config.depth - 1
-        maps = attention_maps(model.eval(), video.to(next(model.parameters()).dtype), [last])
+        query, video = usual_query(config), video.to(next(model.parameters()).dtype)
+        maps = attention_maps(model.eval(), video, [last], token_of(query, config))
         span = min(window, about["seconds"])
         place = int((moment - start) / max(span, 1e-6) * config.num_frames)
         about = (
             f"{self._names[number]}: where its heads look at {moment:.1f} s",
-            f"the last layer; the query is CLS, which the class is read from; {span:.1f} s of it",
+            f"the last layer; the query is {name_of(query)}; {span:.1f} s of it",
         )
-        rows = rows_of(maps[last], config.head_offsets, None)
+        rows = rows_of(maps[last], config, None)
         frames = images.permute(1, 2, 3, 0).numpy()
-        picture = draw_strip(frames, rows, about, None, min(place, config.num_frames - 1))
+        picture = draw_strip(frames, rows, about, query, min(place, config.num_frames - 1))
         file = io.BytesIO()
         Image.fromarray(picture).save(file, "png")
         return file.getvalue()

@@ -49,7 +49,7 @@ class ModelSection(ModelConfig):
     recipe: str | None = None
     """Published recipe whose model takes the place of `ModelConfig`'s defaults."""
     backbone: str | None = None
-    """CLIP-layout image weights (native folder, .safetensors or .pt); None: random weights."""
+    """Image weights of any known format (docs/backbones.md), or a model of ours; None: random."""
 
     @property
     def video(self) -> ModelConfig:

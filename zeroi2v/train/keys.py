@@ -10,12 +10,15 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import MISSING
 from itertools import pairwise
+from types import ModuleType
+from typing import Literal, get_args, get_origin
 
-from zeroi2v.config import AdapterConfig, ModelConfig, PreprocessConfig
+from zeroi2v.config import AdapterConfig, ModelConfig, PreprocessConfig, RotaryConfig
 from zeroi2v.data.pipeline import AugmentConfig
 from zeroi2v.train.config import DataConfig, ModelSection, OptimConfig, RunOptions
 
@@ -23,6 +26,7 @@ SECTIONS = {  # the dataclasses of each; the first ones replace fields of the ot
     "model": (ModelSection, ModelConfig),
     "model.preprocess": (PreprocessConfig,),
     "model.adapter": (AdapterConfig,),
+    "model.rotary": (RotaryConfig,),
     "data": (DataConfig,),
     "augment": (AugmentConfig,),
     "optim": (OptimConfig,),
@@ -45,7 +49,7 @@ def keys_of(cls: type) -> Iterator[tuple[str, str]]:
     for field, below in pairwise(body):
         if not isinstance(field, ast.AnnAssign):
             continue
-        kind = as_yaml(ast.unparse(field.annotation))
+        kind = as_yaml(spelled_out(ast.unparse(field.annotation), sys.modules[cls.__module__]))
         default, own = "required", cls.__dataclass_fields__[field.target.id]
         if own.default_factory is not MISSING:
             own = own.default_factory()
@@ -54,6 +58,16 @@ def keys_of(cls: type) -> Iterator[tuple[str, str]]:
             default = f"default `{as_yaml(repr(own.default))}`"
         meaning = " ".join(ast.literal_eval(below.value).split())
         yield field.target.id, f"(`{kind}`, {default}): {as_yaml(meaning)}"
+
+
+def spelled_out(annotation: str, module: ModuleType) -> str:
+    """`annotation` with the choices in place of the names that `module` has for them."""
+
+    def choices(name: re.Match) -> str:
+        meant = getattr(module, name[0], None)
+        return f"Literal{list(get_args(meant))}" if get_origin(meant) is Literal else name[0]
+
+    return re.sub(r"\w+", choices, annotation)
 
 
 def as_yaml(text: str) -> str:

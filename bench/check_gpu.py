@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,15 @@ def _figures(*words: str) -> tuple[str, ...]:
 
 _KERNELS = tuple(
     f"tests/test_{name}.py"
-    for name in ("stdha_kernels", "layouts", "norm", "activation", "adapter_linear", "kernel_proof")
+    for name in (
+        "stdha_kernels",
+        "layouts",
+        "norm",
+        "activation",
+        "rotary",
+        "adapter_linear",
+        "kernel_proof",
+    )
 )
 _DATA, _TRAIN = ("nvidia.dali", "av"), ("nvidia.dali", "av", "deepspeed")
 
@@ -177,7 +185,7 @@ def check(
         steps: what is run, in order.
         out: folder of `check_gpu.json`, and of a log of each step.
         seconds: after which no step is begun.
-        dry: leave out what needs CUDA.
+        dry: leave out what needs CUDA, and give the rest four times as long.
     """
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -190,7 +198,9 @@ def check(
         reason = _reason_to_skip(step, dry)
         if reason is None and time.monotonic() - begun > seconds:
             reason = f"no time left of {seconds / 60:g} minutes"
-        return Outcome(step.name, "skipped", said=reason) if reason else run(step, out)
+        if reason:
+            return Outcome(step.name, "skipped", said=reason)
+        return run(replace(step, limit=4 * step.limit) if dry else step, out)
 
     for outcome in _side_by_side(take, steps):
         done[outcome.name] = outcome

@@ -24,9 +24,11 @@ import torch
 
 from bench import machine, measure
 from bench.contest import hand_over, interleave, rates, ratio_of, reached, show, warm_up
+from tests.interpreter import make_quick
 
 if not torch.cuda.is_available():  # kernels run in Triton's interpreter; it reads this at import
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    make_quick()
 
 SECONDS = {"cpu": 60.0, "cuda": 4.0}
 TIMEOUT = {"cpu": 3600, "cuda": 180}

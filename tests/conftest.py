@@ -7,8 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.interpreter import make_quick
+
 if not torch.cuda.is_available():  # kernels run in Triton's interpreter; it reads this at import
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    make_quick()
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ from zeroi2v.data.clip_worker import ClipSource
 from zeroi2v.data.graph import clip_graph
 from zeroi2v.data.pipeline import ClipLoader
 
-plan = ClipLoader([Sample("a.mp4", 0)], ModelConfig(), batch_size=1, augment=AugmentConfig()).plan
+augment = AugmentConfig(rand_augment_ops=1)
+plan = ClipLoader([Sample("a.mp4", 0)], ModelConfig(), batch_size=1, augment=augment).plan
 clip_graph(ClipSource(plan, 0, 0), plan, False, False, batch_size=1, num_threads=1, device_id=None)
 gc.freeze()  # DeepSpeed collects garbage many times at a start

@@ -146,7 +146,7 @@ def test_every_selection_of_tests_finds_some():
     assert found == [f"STATUS 0 {name}" for name, _ in selections], done.stdout + done.stderr
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_dry_form_goes_through_all_steps(tmp_path, capsys, monkeypatch):
     status = main(["--dry", "--out", str(tmp_path)])
     out = capsys.readouterr().out

@@ -14,7 +14,7 @@ import pytest
 import torch
 from nvidia.dali._multiproc.shared_queue import ShmQueue
 from test_decode import whole_decode
-from test_pipeline import FULL, assert_same, config, pixels
+from test_pipeline import AUGMENT, assert_same, config, pixels
 from videos import numbered_frame, read_number, write_numbered, write_video
 
 from zeroi2v.data import decode, pipeline
@@ -209,7 +209,7 @@ def test_both_decoders_give_the_published_frames_in_the_same_batches(samples, sa
 
 def test_augmentation_is_the_same_for_both_decoders(samples):
     ours, theirs = (
-        next(iter(ClipLoader(samples, config(32, 4), decoder=decoder, augment=FULL, batch_size=7)
+        next(iter(ClipLoader(samples, config(32, 4), decoder=decoder, augment=AUGMENT, batch_size=7)
                   .epoch(1)))
         for decoder in ("pyav", "dali")
     )  # fmt: skip
@@ -219,7 +219,7 @@ def test_augmentation_is_the_same_for_both_decoders(samples):
 
 
 def test_workers_and_resuming_change_nothing_for_dalis_decoder(samples):
-    common = dict(batch_size=2, augment=FULL, seed=1, decoder="dali")
+    common = dict(batch_size=2, augment=AUGMENT, seed=1, decoder="dali")
     whole = list(ClipLoader(samples, config(), **common).epoch(3))
     loader = ClipLoader(samples, config(), workers=2, **common)
     assert_same(loader.epoch(3, start_step=1), whole[1:])

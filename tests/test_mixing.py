@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_pipeline import FULL, assert_same, config, samples  # noqa: F401, a fixture
+from test_pipeline import AUGMENT, assert_same, config, samples  # noqa: F401, a fixture
 
 from zeroi2v.data.augment import AugmentConfig
 from zeroi2v.data.mixing import draw_box, mix
@@ -96,8 +96,8 @@ def test_loss_of_a_mixture_is_the_mixed_loss_label_smoothing_included():
 
 @pytest.mark.parametrize("kind", [dict(mixup=0.8), dict(cutmix=1.0), dict(mixup=0.2, cutmix=0.5)])
 def test_mixtures_are_of_the_clips_of_the_same_loader_without(samples, kind):  # noqa: F811
-    augment = dataclasses.replace(FULL, **kind)
-    plain = list(ClipLoader(samples, config(), batch_size=4, augment=FULL, seed=1).epoch(2))
+    augment = dataclasses.replace(AUGMENT, **kind)
+    plain = list(ClipLoader(samples, config(), batch_size=4, augment=AUGMENT, seed=1).epoch(2))
     both = list(ClipLoader(samples, config(), batch_size=4, augment=augment, seed=1).epoch(2))
     for step, (before, after) in enumerate(zip(plain, both, strict=True)):
         assert torch.equal(before.index, after.index) and torch.equal(before.label, after.label)
@@ -109,7 +109,7 @@ def test_mixtures_are_of_the_clips_of_the_same_loader_without(samples, kind):  #
 
 
 def test_mixtures_depend_neither_on_processes_nor_workers_and_resume(samples):  # noqa: F811
-    augment = dataclasses.replace(FULL, mixup=0.5, cutmix=0.5)
+    augment = dataclasses.replace(AUGMENT, mixup=0.5, cutmix=0.5)
 
     def rows(batch_size, world_size=1, accumulation=1, workers=0, start_step=0):
         loaders = [

@@ -11,7 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign import open_clip_model, relative, shake, timm_model, transformers_config
+from foreign import (
+    open_clip_model,
+    relative,
+    shake,
+    timm_model,
+    transformers_config,
+    transformers_model,
+)
 from safetensors.torch import load_file, save_file
 
 from bench.baselines.image_models import _declare_torchvision_operators
@@ -443,6 +450,15 @@ def save_transformers(folder):
     shake(transformers.CLIPVisionModel(transformers_config())).save_pretrained(folder)
 
 
+def save_dinov3(folder):
+    transformers_model("DINOv3ViTModel", intermediate_size=96).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text("{}")
+
+
+def save_pe(folder):
+    save_timm(folder, name="vit_pe_core_base_patch16_224")
+
+
 @pytest.mark.parametrize(
     ("save", "file", "place", "key", "values"),
     [
@@ -458,6 +474,12 @@ def save_transformers(folder):
         (save_transformers, "config.json", [], "num_attention_heads", [0, "x"]),
         (save_transformers, "config.json", [], "hidden_act", [["gelu"]]),
         (save_transformers, "config.json", [], "layer_norm_eps", [0, "1e-5"]),
+        (save_dinov3, "config.json", [], "rope_theta", [0, "x", None, [100.0]]),
+        (save_dinov3, "config.json", [], "image_size", ["x", [], [1.5], 0]),
+        (save_pe, "config.json", ["model_args"], "rope_temperature", [0, "x", None]),
+        (save_pe, "config.json", ["model_args"], "rope_grid_offset", ["x", None]),
+        (save_pe, "config.json", ["model_args"], "ref_feat_shape", ["x", [], [0, 1]]),
+        (save_pe, "config.json", ["model_args"], "attn_pool_num_heads", ["x", 2.5]),
     ],
 )
 def test_value_of_another_kind_is_refused_by_key_and_file(tmp_path, save, file, place, key, values):

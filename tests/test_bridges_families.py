@@ -287,6 +287,17 @@ def test_a_wrong_field_shows(case):
         assert relative(features(other, images), expected) > 50 * LIMIT, change
 
 
+@pytest.mark.parametrize("name", ["timm pe", "timm eva02 clip", "aimv2", "dinov3"])
+def test_converted_model_is_saved_and_read_again(tmp_path, name):
+    model = CASES[name].build()
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    ours = load_foreign(tmp_path / "weights.pt", **BARE[name])
+    ours.save_pretrained(tmp_path / "native")
+    again = VideoViT.from_pretrained(tmp_path / "native")
+    assert again.config == ours.config
+    assert torch.equal(features(again, images_of(32)), features(ours, images_of(32)))
+
+
 # What a bare file of weights does not tell, by case; the rest it shows, or its family settles.
 BARE = {
     "timm augreg": {**GELU},

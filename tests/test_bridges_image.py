@@ -381,6 +381,15 @@ def test_timm_models_of_another_shape_are_refused(tmp_path, name, rule):
         load_foreign(tmp_path / "vit.pth", activation="gelu")
 
 
+def test_block_that_lacks_a_part_of_the_others_is_damaged(tmp_path):
+    state = timm_model().state_dict()
+    del state["blocks.1.mlp.fc1.bias"]  # not one of zeros
+    torch.save(state, tmp_path / "vit.pth")
+    rule = "all blocks must have the same parts: mlp.c_fc.bias of block 1"
+    with pytest.raises(ValueError, match=rule):
+        load_foreign(tmp_path / "vit.pth", activation="gelu")
+
+
 def test_heads_of_wide_models_are_asked_for(tmp_path):
     theirs = timm_model(embed_dim=1280, num_heads=16, depth=1)
     torch.save(theirs.state_dict(), tmp_path / "vit.pth")

@@ -101,6 +101,11 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+def _are_sizes(value: Any) -> bool:
+    sides = value if isinstance(value, list | tuple) else [value]
+    return bool(sides) and all(map(_is_size, sides))
+
+
 def _are_numbers(value: Any, above: float = -math.inf) -> bool:
     is_list = isinstance(value, list | tuple) and len(value) == 3
     return value is None or (is_list and all(_is_number(x) and x > above for x in value))
@@ -111,15 +116,26 @@ _VALUES: tuple[tuple[frozenset[str], Callable[[Any], bool], str], ...] = (
     (
         frozenset(
             "num_heads num_attention_heads head_width hidden_size intermediate_size "
-            "num_hidden_layers width layers embed_dim depth".split()
+            "num_hidden_layers width layers embed_dim depth r".split()
         ),
         _is_size,
         "a positive integer",
     ),
     (
-        frozenset(("layer_norm_eps", "eps", "mlp_ratio")),
+        frozenset("layer_norm_eps rms_norm_eps eps mlp_ratio rope_theta rope_temperature".split()),
         lambda value: _is_number(value) and value > 0,
         "a positive number",
+    ),
+    (frozenset(("rope_grid_offset", "lora_alpha")), _is_number, "a number"),
+    (
+        frozenset(("ref_feat_shape", "image_size", "img_size")),
+        lambda value: value is None or _are_sizes(value),
+        "a positive integer, or two",
+    ),
+    (
+        frozenset(("attn_pool_num_heads", "resample")),
+        lambda value: value is None or isinstance(value, int),
+        "an integer",
     ),
     (frozenset(("mean", "image_mean")), _are_numbers, "three numbers"),
     (
@@ -133,7 +149,7 @@ _VALUES: tuple[tuple[frozenset[str], Callable[[Any], bool], str], ...] = (
         "channels, height and width",
     ),
     (
-        frozenset(("act_layer", "hidden_act", "architecture")),
+        frozenset(("act_layer", "hidden_act", "architecture", "timm_model_name")),
         lambda value: value is None or isinstance(value, str),
         "a name",
     ),
@@ -144,7 +160,9 @@ _VALUES: tuple[tuple[frozenset[str], Callable[[Any], bool], str], ...] = (
         "a mapping",
     ),
     (
-        frozenset(("vision_config", "vision_cfg", "model_cfg", "preprocess_cfg")),
+        frozenset(
+            "vision_config vision_cfg model_cfg preprocess_cfg rank_pattern alpha_pattern".split()
+        ),
         lambda value: isinstance(value, dict),
         "a mapping",
     ),

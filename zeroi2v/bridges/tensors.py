@@ -49,10 +49,14 @@ def assemble(
     """
     notes: list[str] = []
     blocks = [BLOCK.format(i) for i in _blocks(tensors, where)]
+    parts = [{n.removeprefix(block) for n in tensors if n.startswith(block)} for block in blocks]
+    for i, other in enumerate(parts):
+        if odd := sorted(other ^ parts[0]):
+            raise ValueError(f"{where}: all blocks must have the same parts: {odd[0]} of block {i}")
     for block in blocks:
         _join(tensors, f"{block}attn.in_proj_", [f"{block}attn.{part}." for part in "qkv"], where)
-        parts = [f"{block}mlp.{part}." for part in ("gate", "value")]
-        _join(tensors, f"{block}mlp.c_fc.", parts, where)
+        halves = [f"{block}mlp.{half}." for half in ("gate", "value")]
+        _join(tensors, f"{block}mlp.c_fc.", halves, where)
     _place(tensors, learned, has_rows, where)
     known = describe(tensors, where) | {"norm": norm}
     linears = ["attn.in_proj_", "attn.out_proj.", "mlp.c_fc.", "mlp.c_proj."]

@@ -1,5 +1,6 @@
 """Real image models of other libraries, small and random, and the authors' checkpoint layout."""
 
+import copy
 import re
 import sys
 import types
@@ -99,6 +100,7 @@ def timm_model(name: str = "vit_base_patch16_clip_224", **sizes) -> torch.nn.Mod
     _declare_torchvision_operators()
     import timm
 
+    torch.manual_seed(0)
     shape = dict(embed_dim=128, num_heads=2, depth=2, img_size=32, patch_size=8, num_classes=7)
     return shake(timm.create_model(name, **(shape | sizes)))
 
@@ -214,8 +216,17 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
 
 
+def save_timm(model: torch.nn.Module, folder: Path) -> None:
+    """Writes weights and `config.json` as timm does for the hub."""
+    _declare_torchvision_operators()
+    from timm.models._hub import save_for_hf
+
+    save_for_hf(model, folder, safe_serialization=True)
+
+
 def timm_features(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """What timm's head reads of each image, at any resolution."""
+    """What timm's head reads of each image, at any resolution; `model` stays as it is."""
+    model = copy.deepcopy(model)
     model.set_input_size(img_size=images.shape[-2:])
     with torch.no_grad():
         return model.forward_head(model.forward_features(images), pre_logits=True)
@@ -247,6 +258,7 @@ def transformers_model(kind: str, **settings) -> torch.nn.Module:
     import transformers
 
     sizes = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, image_size=32)
+    torch.manual_seed(0)
     sizes |= dict(patch_size=8) | settings
     kind = getattr(transformers, kind)
     return kind(kind.config_class(**sizes))

@@ -8,6 +8,7 @@ import torch
 from foreign import (
     open_clip_model,
     relative,
+    save_timm,
     shake,
     timm_features,
     timm_model,
@@ -114,10 +115,8 @@ def test_transformers_model_with_its_adapter_has_the_merged_features(tmp_path, w
 
 @pytest.mark.parametrize("rs", [False, True])
 def test_timm_model_with_its_adapter_has_the_merged_features(tmp_path, rs):
-    from timm.models._hub import save_for_hf
-
     theirs = timm_model("vit_base_patch14_reg4_dinov2", init_values=0.5)
-    save_for_hf(theirs, tmp_path, safe_serialization=True)
+    save_timm(theirs, tmp_path)
     packed = pair(384, 128)
     save_adapter(tmp_path, {"blocks.1.attn.qkv": packed}, use_rslora=rs)
     add(theirs.blocks[1].attn.qkv.weight, packed, 6 / (math.sqrt(4) if rs else 4))

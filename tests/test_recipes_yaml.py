@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from foreign import timm_model, transformers_model
+from foreign import save_timm, timm_model, transformers_model
 from models import build
 
 from zeroi2v.bridges.load import load_backbone
@@ -192,9 +192,7 @@ def test_backbone_recipe_takes_the_librarys_weights(name, tmp_path):
     make, (mean, std) = BACKBONES[name]
     model = make()
     if make.func is timm_model:
-        from timm.models._hub import save_for_hf
-
-        save_for_hf(model, tmp_path, safe_serialization=True)
+        save_timm(model, tmp_path)
     else:
         model.save_pretrained(tmp_path)
     video = load_config(f"backbones/{name}").model.video

@@ -47,7 +47,7 @@ COMPOSITE = get_decompositions(
 SUMS = {aten.mm, aten.bmm, aten.sum, aten.mean}
 ROUNDED = SUMS | {
     aten.add, aten.sub, aten.rsub, aten.mul, aten.div, aten.exp, aten.sigmoid, aten.rsqrt,
-    aten.square, aten.pow, aten.gelu, aten.gelu_backward,
+    aten.square, aten.pow, aten.gelu, aten.gelu_backward, aten.silu, aten.silu_backward,
 }  # fmt: skip
 EXACT = {
     aten.clone, aten._to_copy, aten.detach, aten.stack, aten.cat, aten.index, aten._unsafe_view,

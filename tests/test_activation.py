@@ -11,6 +11,7 @@ from zeroi2v_kernels.activation import (
     bias_activation,
     bias_activation_reference,
 )
+from zeroi2v_kernels.activation_reference import activate, activate_grad
 
 SHAPES = [(1, 16), (5, 48), (3, 7, 1040), (2, 3, 5, 96), (9, 2048)]
 
@@ -34,6 +35,16 @@ def test_value_and_gradients_are_as_exact_as_pytorch_s(kind, has_bias, shape, dt
             lambda x, bias: bias_activation_reference(x, bias, kind),
             tensors,
         )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_written_out_is_that_of_autograd(kind):
+    x, _ = inputs((5, 48), torch.float64, False)
+    out = activate(x, kind)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
+    (expected,) = torch.autograd.grad(out, x, grad.to(x.device))
+    actual = activate_grad(grad.to(x.device, copy=True), x.detach(), kind)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-14)
 
 
 def test_strided_input_is_read_right():

@@ -1,7 +1,9 @@
 """`--dry-run` writes nothing, tells what a run will take, and what to change if it does not fit."""
 
 import json
+import os
 import re
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +13,7 @@ import torch
 from training import Ranks, arguments, make_data
 
 import zeroi2v.train.estimate
+from zeroi2v.cli import run
 from zeroi2v.train.estimate import (
     Cost,
     forget_peak,
@@ -89,6 +92,31 @@ def test_dry_run_prints_config_counts_steps_memory_and_time(data, tmp_path, caps
     assert re.search(r"time        \d+\.\d\d s a step: .* an epoch, .* in all", output)
     assert "verdict     fits" in output
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_dry_run_ends_at_the_first_signal(data, tmp_path, monkeypatch, capsys, number):
+    measured = []
+
+    def interrupted(*_):
+        measured.append(number)
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(zeroi2v.train.estimate, "measure_pass", interrupted)
+    assert run(main, [*arguments(data, tmp_path / "run"), "--dry-run"]) == 130
+    assert measured == [number] and capsys.readouterr().err.endswith("stopped\n")
+
+
+@pytest.mark.parametrize("precision, has_bf16, noted", [
+    ("bf16", False, True), ("bf16", True, False), ("fp32", False, False),
+])  # fmt: skip
+def test_a_cpu_without_bf16_is_said_to_be_slow_with_it(
+    data, tmp_path, monkeypatch, capsys, precision, has_bf16, noted
+):
+    monkeypatch.setattr("zeroi2v.train.prepare.cpu_has_bf16", lambda: has_bf16)
+    monkeypatch.setattr("zeroi2v.train.main.estimate", lambda job, signals: 0)
+    main([*arguments(data, tmp_path / "run", f"optim.precision={precision}"), "--dry-run"])
+    assert ("this CPU has no bf16" in capsys.readouterr().out) == noted
 
 
 def test_dry_run_says_what_to_change_when_the_run_does_not_fit(data, tmp_path, monkeypatch, capsys):

@@ -130,6 +130,8 @@ def test_saved_models_come_back_whole(family, tmp_path):
     model.save_pretrained(tmp_path)
     back = VideoViT.from_pretrained(tmp_path)
     assert back.config == model.config
+    ours, theirs = model.state_dict(), back.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
     video = seeded_clips(model, 1)
     with torch.no_grad():
         torch.testing.assert_close(back(video), model(video))

@@ -49,7 +49,7 @@ class MergeReport:
     top1_agreement: float
     """Fraction of clips on which both name the same class. Must be 1 in fp64 and fp32."""
     per_block: tuple[float, ...]
-    """`rel` of each block's output (of CLS alone for the last): where an error comes from."""
+    """`rel` of the first token (CLS, if there is one) after each block: where an error is from."""
     passed: bool
     """Whether the merged model may stand for the adapted one."""
 
@@ -145,7 +145,10 @@ def verify(adapted: VideoViT, merged: VideoViT, clips: Tensor) -> MergeReport:
 
 
 def _trace(model: VideoViT, clips: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """CLS after each block, then the logits, of `model` (a copy if need be) in eval and `dtype`."""
+    """The first token after each block, then the logits, of `model` in eval mode and `dtype`.
+
+    If it has another dtype, a copy is cast.
+    """
     if model.head.weight.dtype != dtype:
         model = copy.deepcopy(model).to(dtype)
     was_training = model.training

@@ -19,12 +19,12 @@ from collections.abc import Iterator
 from itertools import product
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from zeroi2v_kernels import bounds, proof
+from zeroi2v_kernels.activation_reference import activate, activate_grad
 from zeroi2v_kernels.device import ceil_div, on_device, operator, packed
 from zeroi2v_kernels.dot import INTERPRET
 from zeroi2v_kernels.launch import Launcher
@@ -37,13 +37,7 @@ WARPS = 8
 
 def bias_activation_reference(x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     """The definition of the op, in plain PyTorch. Arguments and result as in `bias_activation`."""
-    u = x if bias is None else x + bias
-    if kind == "swiglu":
-        gate, value = u.chunk(2, -1)
-        return gate * torch.sigmoid(gate) * value
-    if kind == "quick_gelu":
-        return u * torch.sigmoid(1.702 * u)
-    return F.gelu(u, approximate="tanh" if kind == "gelu_tanh" else "none")
+    return activate(x if bias is None else x + bias, kind)
 
 
 def bias_activation(x: Tensor, bias: Tensor | None = None, kind: str = "quick_gelu") -> Tensor:
@@ -228,14 +222,7 @@ def activation_backward(grad: Tensor, x: Tensor, bias: Tensor | None, kind: str)
 def _plain_gradient(grad: Tensor, x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     """`activation_backward` in PyTorch, in float32."""
     u = x.float() if bias is None else x.float() + bias.float()
-    grad, aten = grad.float(), torch.ops.aten
-    if kind == "swiglu":
-        gate, value = u.chunk(2, -1)
-        out = torch.cat([aten.silu_backward(grad * value, gate), grad * F.silu(gate)], -1)
-    elif kind == "quick_gelu":
-        out = aten.silu_backward(grad, 1.702 * u)
-    else:
-        out = aten.gelu_backward(grad, u, approximate="tanh" if kind == "gelu_tanh" else "none")
+    out = activate_grad(grad.to(torch.float32, copy=True), u, kind)
     return out.to(x.dtype).contiguous()
 
 

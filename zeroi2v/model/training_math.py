@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from zeroi2v_kernels import choice, stdha_matmul
+from zeroi2v_kernels.activation_reference import activate, activate_grad
 from zeroi2v_kernels.adapter_linear import (
     Adapter,
     Dropout,
@@ -28,7 +29,6 @@ from zeroi2v_kernels.adapter_linear import (
 from zeroi2v_kernels.rotary import turn_
 from zeroi2v_kernels.stdha import _move_heads_
 
-from zeroi2v.model.activation import activate, activate_grad
 from zeroi2v.model.linear import linear, scaled_linear
 
 BEFORE_QKV, AFTER_PROJ, BEFORE_FC1, AFTER_FC2 = range(4)

@@ -19,9 +19,9 @@ from einops import rearrange
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 from zeroi2v_kernels import choice
+from zeroi2v_kernels.activation_reference import activate
 
 from zeroi2v.config import AdapterConfig, ModelConfig
-from zeroi2v.model.activation import activate
 from zeroi2v.model.adapter import LinearAdapter
 from zeroi2v.model.attention import STDHA
 from zeroi2v.model.graphs import Graphs, can_replay
@@ -79,9 +79,9 @@ class VideoViT(nn.Module, ModelHubMixin):
         That is the CLS token, or with other pooling what is read from all tokens. If only CLS is
         read, the last block computes the rest of the way for CLS alone.
         """
-        pooling = self.config.pooling
-        x = self.ln_post(self.transformer(self.embed(video), cls_only=pooling == "class"))
-        if pooling == "class":
+        reads_class = self.config.reads_class
+        x = self.ln_post(self.transformer(self.embed(video), cls_only=reads_class))
+        if reads_class:
             return x.squeeze(2)
         return self.pool(x) if self.pool else x[:, :, self.config.num_prefix :].mean(2)
 

@@ -286,7 +286,8 @@ def find_config(name: str | Path) -> Path:
     if path.suffix or path.is_file():
         return path
     if not ours.is_file():
-        names = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
+        files = sorted(CONFIGS.rglob("*.yaml"))
+        names = [file.relative_to(CONFIGS).with_suffix("").as_posix() for file in files]
         raise ValueError(unknown_name("config", str(name), names))
     return ours
 

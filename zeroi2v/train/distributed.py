@@ -249,8 +249,12 @@ def say(text: str) -> None:
 class StopSignals:
     """While entered, Ctrl-C and SIGTERM only set `received`, so that the run can stop in order.
 
-    The launcher may pass a signal on more than once; the fifth ends the process the hard way.
+    The launcher may pass a signal on more than once; the one of number `patience` ends the process
+    the hard way. With a patience of 1 that is the first, for work that leaves nothing to save.
     """
+
+    def __init__(self, patience: int = 5):
+        self._patience = patience
 
     def __enter__(self) -> StopSignals:
         self.received = 0
@@ -282,5 +286,5 @@ class StopSignals:
     def _handle(self, number: int, _: object) -> None:
         self.received = self.received or number
         self._count += 1
-        if self._count >= 5:
+        if self._count >= self._patience:
             raise KeyboardInterrupt

@@ -92,7 +92,7 @@ def main(argv: list[str]) -> None:
             if args.dry_run:
                 say(yaml.safe_dump(config.to_dict(), sort_keys=False))
             job = together(lambda: prepare(config, device, None if args.dry_run else keep))
-            with StopSignals() as signals:
+            with StopSignals(patience=1 if args.dry_run else 5) as signals:
                 status = estimate(job, signals) if args.dry_run else Trainer(job, signals).run()
                 wait_for_all()
     finally:

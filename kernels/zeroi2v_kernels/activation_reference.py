@@ -1,4 +1,7 @@
-"""The activations of the MLP in PyTorch, and their gradients; on CUDA kernels compute them."""
+"""The definition of the MLP's activations, in plain PyTorch, and of their gradients.
+
+`activation.py` has their formulas, and the kernels that compute them on CUDA.
+"""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
 """Hugging Face hub conventions, without a network."""
 
+import dataclasses
 import json
 import socket
 
 import pytest
 import yaml
-from models import build, small_config
+from models import FAMILIES, build, small_config
 
 from zeroi2v import VideoViT, merge, predict, reparam
 from zeroi2v.cli import run
@@ -137,6 +138,8 @@ def test_card_tells_recipe_preprocessing_and_where_the_model_is_from(tmp_path):
         assert line in card
     for name, recipe in RECIPES.items():
         assert published_recipe(recipe.model) == name
+        for parts in FAMILIES.values():
+            assert published_recipe(dataclasses.replace(recipe.model, **parts)) is None
 
 
 def test_card_refuses_what_is_not_json():

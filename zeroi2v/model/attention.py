@@ -1,4 +1,4 @@
-"""The attention module of a block: CLIP's multi-head attention with per-head frame offsets."""
+"""The attention of a block: multi-head attention with a frame offset for each head."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from typing import Any
 
 from zeroi2v.config import RECIPES, ModelConfig
@@ -10,7 +11,8 @@ from zeroi2v.config import RECIPES, ModelConfig
 # JSON files that may lie beside a model and say where it is from; the card says what is in them.
 ORIGINS = ("training.json", "conversion.json", "merge_report.json", "eval.json")
 
-_SAME = ("width", "depth", "num_heads", "patch_size", "num_frames", "head_offsets", "num_classes")
+_FREE = {"image_size", "adapter", "head_dropout", "preprocess", "labels"}
+"""Fields in which a model may differ from a recipe and be called by its name."""
 
 
 def model_card(config: ModelConfig, files: dict[str, str]) -> str:
@@ -27,8 +29,10 @@ def model_card(config: ModelConfig, files: dict[str, str]) -> str:
         "tags": ["video-classification", "vision-transformer", "zeroi2v"],
     }
     rows = {
-        "model": f"CLIP ViT: width {config.width}, depth {config.depth}, {config.num_heads} heads, "
-        f"patch {config.patch_size}",
+        "model": f"ViT: width {config.width}, depth {config.depth}, {config.num_heads} heads, "
+        f"patch {config.patch_size}, {config.num_registers} registers, "
+        f"{'rotary' if config.rotary else 'added'} positions, {config.activation}, "
+        f"pooling {config.pooling}",
         "input": f"{config.num_frames} frames of {config.image_size} px, sampled {sampling}",
         "pixels": f"RGB in 0..255, resized {pixels.interpolation}"
         + (", antialiased" if pixels.antialias else " without antialiasing")
@@ -77,9 +81,10 @@ def _parsed(name: str, text: str) -> dict[str, Any]:
 
 def published_recipe(config: ModelConfig) -> str | None:
     """The published recipe that has this architecture, sampling and adapters, if one has."""
+    settled = {field.name for field in fields(ModelConfig)} - _FREE
     for name, recipe in RECIPES.items():
         other = recipe.model
-        same = all(getattr(config, key) == getattr(other, key) for key in _SAME)
+        same = all(getattr(config, key) == getattr(other, key) for key in settled)
         if same and config.adapter is not None:
             same = config.adapter.scale == other.adapter.scale
         if same and config.preprocess.sampling == other.preprocess.sampling:

@@ -227,7 +227,7 @@ def _facts(config: RunConfig, model: ModelConfig, log: list[dict[str, Any]]) -> 
         epoch = f"; an epoch is {round(last['step'] / last['epoch']) * optim.batch_size:,} clips"
     facts = {
         "recipe": config.model.recipe or published_recipe(model) or "none of the published ones",
-        "image model": f"CLIP ViT of width {model.width}, {model.depth} blocks, {model.num_heads} "
+        "image model": f"ViT of width {model.width}, {model.depth} blocks, {model.num_heads} "
         f"heads; frozen weights from {config.model.backbone or 'NOWHERE: they are random'}",
         "input": f"{model.num_frames} frames of {model.image_size} x {model.image_size} pixels, "
         f"{sampling}",

@@ -1,6 +1,7 @@
 """Evaluation: what is counted, what is averaged, what is left out, and how bad input is told."""
 
 import json
+import math
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -65,6 +66,8 @@ def test_metrics_count_by_hand():
     assert found["top5"] == pytest.approx(100 * 5 / 6)
     assert found["mean_class"] == pytest.approx(100 * (2 / 3 + 1 + 0) / 3)
     assert found["n"] == 6
+    true = probs[torch.arange(6), labels].tolist()
+    assert found["loss"] == pytest.approx(-sum(math.log(p) for p in true) / 6)
     expected = torch.zeros(6, 6, dtype=torch.int64)
     expected[0, 0], expected[0, 1], expected[1, 1], expected[5, 0] = 2, 1, 1, 2
     assert found["confusion"] == expected.tolist()
@@ -73,6 +76,11 @@ def test_metrics_count_by_hand():
 def test_top5_is_none_below_five_classes():
     assert inference.metrics(torch.eye(4), torch.arange(4))["top5"] is None
     assert inference.metrics(torch.eye(5), torch.arange(5))["top5"] == 100
+
+
+def test_loss_of_a_probability_of_zero_is_finite():
+    found = inference.metrics(torch.eye(4), torch.tensor([0, 1, 2, 0]))
+    assert found["loss"] == pytest.approx(-math.log(1e-12) / 4)
 
 
 @pytest.mark.parametrize(

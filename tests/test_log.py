@@ -94,10 +94,11 @@ def test_on_a_terminal_a_bar_counts_the_steps_below_whole_lines(tmp_path, monkey
 def test_tensorboard_holds_what_the_lines_say_and_the_validation(tmp_path):
     log = RunLog(tmp_path, steps_per_epoch=4, epochs=1, every=2)
     train_steps(log, 1, 4)
-    log.validation(4, top1=50.0, top5=None, mean_class=40.0)
+    log.validation(4, loss=0.5, top1=50.0, top5=None, mean_class=40.0)
     log.close()
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    tags = {"train/loss", "train/lr", "train/clips_per_s", "val/top1", "val/mean_class"}
+    tags = {"train/loss", "train/lr", "train/clips_per_s", "val/loss", "val/top1"}
+    tags.add("val/mean_class")
     assert set(board.Tags()["scalars"]) == tags
     loss = [(event.step, event.value) for event in board.Scalars("train/loss")]
     assert loss == [(2, pytest.approx(0.75)), (4, pytest.approx((1 / 3 + 1 / 4) / 2))]

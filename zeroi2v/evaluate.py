@@ -111,6 +111,7 @@ def main(argv: list[str]) -> None:
     for key, title in (("top1", "top-1"), ("top5", "top-5"), ("mean_class", "mean class")):
         if figures[key] is not None:
             print(f"{title:<12} {figures[key]:6.2f} %")
+    print(f"loss         {figures['loss']:6.3f}")
     if out is not None:
         write_predictions(beside(out, "predictions.jsonl"), samples, index, probs, loader.bad_files)
         draw_confusion(beside(out, "confusion.png"), figures["confusion"], config.labels)

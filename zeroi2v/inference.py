@@ -174,10 +174,11 @@ def _top(probs: torch.Tensor, topk: int, labels: tuple[str, ...]) -> list[dict[s
 
 
 def metrics(probs: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Accuracy in percent of `probs` [n, K] for true classes `labels` int64 [n].
+    """Accuracy in percent, and loss, of `probs` [n, K] for true classes `labels` int64 [n].
 
     Returns:
-        top1; top5 (None below 5 classes); mean_class, the mean over the classes that occur of
+        loss, the cross-entropy: the mean of -ln of the true class's probability, which counts as
+        1e-12 at least; top1; top5 (None below 5 classes); mean_class, the mean over the classes that occur of
         their top-1; n; confusion, a K x K list whose row is the true class.
     Raises:
         ValueError: no clips, or a probability that is not finite.
@@ -195,7 +196,9 @@ def metrics(probs: Tensor, labels: Tensor) -> dict[str, Any]:
     top5 = None
     if num_classes >= 5:
         top5 = 100 * (probs.topk(5).indices == labels[:, None]).any(-1).double().mean().item()
+    loss = -probs.double().gather(1, labels[:, None]).clamp_min(1e-12).log().mean().item()
     return {
+        "loss": loss,
         "top1": 100 * (predicted == labels).double().mean().item(),
         "top5": top5,
         "mean_class": 100 * recall.double().mean().item(),

@@ -25,6 +25,7 @@ OWN = {"run.dir", "run.resume"}
 """Keys that differ between any two runs."""
 CURVES = (
     ("loss", "training loss (smoothed)"),
+    ("val_loss", "validation loss"),
     ("val_top1", "validation accuracy: top-1, %"),
 )
 
@@ -86,6 +87,7 @@ def results(runs: list[Run]) -> list[tuple[str, list[str]]]:
             ("top-1 of the best model, %", figures.get("top1"), "{:.2f}"),
             ("top-5, %", figures.get("top5"), "{:.2f}"),
             ("mean over classes, %", figures.get("mean_class"), "{:.2f}"),
+            ("validation loss", figures.get("loss"), "{:.3f}"),
             ("validation videos", figures.get("n"), "{}"),
             ("training loss, last epoch", mean, "{:.3f}"),
             ("epochs done", last["epoch"], f"{{:g}} of {config.optim.epochs}"),

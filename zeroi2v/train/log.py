@@ -91,7 +91,7 @@ class RunLog:
         self._window = []
 
     def validation(self, step: int, **figures: float | None) -> None:
-        """Records the accuracy after `step`, in percent: top1, top5, mean_class."""
+        """Records the loss and the accuracy in percent after `step`: top1, top5, mean_class."""
         figures = {f"val_{k}": v for k, v in figures.items() if v is not None}
         self._write({"step": step, "epoch": round(step / self._steps_per_epoch, 4), **figures})
         self._publish(step, {k.replace("_", "/", 1): v for k, v in figures.items()})
@@ -163,7 +163,7 @@ def cut_log(folder: Path, step: int, validated: int) -> None:
 
 # File, title and lines (key in log.jsonl, label) of each plot.
 PLOTS = (
-    ("loss", "training loss", (("loss", "each step"),)),
+    ("loss", "loss", (("loss", "training, each step"), ("val_loss", "validation"))),
     ("accuracy", "validation accuracy, %", (
         ("val_top1", "top-1"), ("val_top5", "top-5"), ("val_mean_class", "mean over classes"))),
     ("lr", "learning rate of the head", (("lr", "learning rate"),)),

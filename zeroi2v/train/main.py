@@ -302,7 +302,7 @@ class Trainer:
         def write() -> None:
             if improved:
                 save_model(self.twin, weights, self.folder / "best", {"eval.json": text})
-            shown = {k: figures[k] for k in ("top1", "top5", "mean_class")}
+            shown = {k: figures[k] for k in ("loss", "top1", "top5", "mean_class")}
             self.log.validation(progress.step, **shown)
             write_whole(self.folder / "eval.json", text + "\n")
 

@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 import torch
 from av.video.reformatter import VideoReformatter
+from videos import ordinary_priority
 
 from bench.cases import parameters
-from tests.videos import ordinary_priority
 from zeroi2v import RECIPES, VideoViT
 from zeroi2v.config import ModelConfig, PreprocessConfig
 from zeroi2v.data.annotations import Sample

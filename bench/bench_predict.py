@@ -12,9 +12,9 @@ import subprocess
 import sys
 
 import pytest
+from models import build, small_config
+from videos import write_numbered
 
-from tests.models import build, small_config
-from tests.videos import write_numbered
 from zeroi2v import RECIPES, merge
 from zeroi2v.export import export
 

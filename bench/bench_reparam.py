@@ -12,9 +12,9 @@ import subprocess
 import sys
 
 import pytest
+from models import small_config
 
 from bench.cases import adapted_model
-from tests.models import small_config
 from zeroi2v import RECIPES
 
 MODELS = {"B/16": "vit_b16_k400_8x16", "L/14": "vit_l14_k400_8x16"}

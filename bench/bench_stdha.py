@@ -8,8 +8,8 @@ gradient of qkv. Before any is timed, the first clip's output and gradient must 
 definition's in the same dtype, judged in float64.
 
 On a GPU all of it runs, and the kernels of CUDA are what is timed:
-`pytest bench/bench_stdha.py --benchmark`. Out-of-bounds accesses and races, on small shapes:
-`compute-sanitizer --tool memcheck python -m pytest tests/test_stdha_kernels.py` (and `racecheck`).
+`pytest bench/bench_stdha.py --benchmark`. Out-of-bounds accesses and races, on small shapes, are
+found by `python -m bench.check_gpu --sanitizer`.
 """
 
 from __future__ import annotations

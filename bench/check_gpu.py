@@ -91,8 +91,12 @@ def _figures(*words: str) -> tuple[str, ...]:
     return ("-m", "pytest", "bench", "--benchmark", "-q", "-p", "no:cacheprovider", *words)
 
 
+def _test_of(kernel: str) -> str:
+    return f"tests/kernels/test_{kernel}.py"
+
+
 _KERNELS = tuple(
-    f"tests/test_{name}.py"
+    _test_of(name)
     for name in (
         "stdha_kernels",
         "layouts",
@@ -109,7 +113,7 @@ STEPS = (
     Step("doctor", ("-m", "zeroi2v.doctor", "--json"), 90, dry=True),
     Step("kernels", _shared(*_KERNELS), 150),
     Step("model", _on_gpu("test_model"), 90, ("av",), dry=True),
-    Step("training block", _shared("tests/test_training_block.py"), 90, _TRAIN),
+    Step("training block", _shared("tests/model/test_training_block.py"), 90, _TRAIN),
     Step("data", _on_gpu("test_data"), 90, _DATA, dry=True),
     Step("training", _on_gpu("test_train_in"), 120, _TRAIN),
     Step("resume", _on_gpu("test_train_killed"), 90, _TRAIN),
@@ -127,7 +131,7 @@ STEPS = (
 SANITIZER = tuple(
     Step(
         f"{tool} {name}",
-        ("-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/test_{name}.py", "-k", words),
+        ("-m", "pytest", "-q", "-p", "no:cacheprovider", _test_of(name), "-k", words),
         280,
     )
     for tool in ("memcheck", "racecheck")

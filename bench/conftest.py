@@ -21,10 +21,10 @@ from typing import Any
 
 import pytest
 import torch
+from interpreter import make_quick
 
 from bench import machine, measure
 from bench.contest import hand_over, interleave, rates, ratio_of, reached, show, warm_up
-from tests.interpreter import make_quick
 
 if not torch.cuda.is_available():  # kernels run in Triton's interpreter; it reads this at import
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-
-from tests.interpreter import make_quick
+from interpreter import make_quick
 
 if not torch.cuda.is_available():  # kernels run in Triton's interpreter; it reads this at import
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -29,7 +29,7 @@ def test_links_and_pictures_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_that_are_named_exist(page):
-    """Of this repository: `zeroi2v/config.py`, `tests/test_norm.py`; not what a run writes."""
+    """Of this repository, as `zeroi2v/config.py`; not what a run writes."""
     folder = ROOT
     for line in page.read_text().splitlines():
         for name in re.findall(r"`((?:zeroi2v|kernels|train|tests|bench|examples)/[\w/.]*)`", line):

@@ -178,8 +178,8 @@ def metrics(probs: Tensor, labels: Tensor) -> dict[str, Any]:
 
     Returns:
         loss, the cross-entropy: the mean of -ln of the true class's probability, which counts as
-        1e-12 at least; top1; top5 (None below 5 classes); mean_class, the mean over the classes that occur of
-        their top-1; n; confusion, a K x K list whose row is the true class.
+        1e-12 at least; top1; top5 (None below 5 classes); mean_class, the mean over the classes
+        that occur of their top-1; n; confusion, a K x K list whose row is the true class.
     Raises:
         ValueError: no clips, or a probability that is not finite.
     """

@@ -6,7 +6,7 @@ import pickle
 import tempfile
 
 import pytest
-from test_pipeline import config
+from loading import config
 
 from zeroi2v.data.annotations import Sample
 from zeroi2v.data.pipeline import ClipLoader, ClipSource

@@ -24,7 +24,7 @@ from zeroi2v.data.live_input import record
 from zeroi2v.drawing.timeline import draw_timeline, timeline
 from zeroi2v.storage.runtimes import load_deployed
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PICTURES = ("one", "none", "many")
 LABELS = tuple(f"class {i}" for i in range(11))
 

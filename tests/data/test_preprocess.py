@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from loading import mmaction2
 from PIL import Image
 
 from zeroi2v.config import PreprocessConfig
@@ -14,22 +15,6 @@ from zeroi2v.data.decode import read_frames
 from zeroi2v.data.preprocess import crop_views, normalise
 
 PUBLISHED = PreprocessConfig()
-
-
-def mmaction2(frame: np.ndarray, short_side: int, side: int, crops: int) -> np.ndarray:
-    """What `Resize((-1, short_side))` and `CenterCrop` or `ThreeCrop` make of uint8 [H, W, 3]."""
-    height, width = frame.shape[:2]
-    scale = short_side / min(height, width)
-    size = int(width * scale + 0.5), int(height * scale + 0.5)
-    frame = cv2.resize(frame, size, interpolation=cv2.INTER_LINEAR)
-    across, down = (size[0] - side) // 2, (size[1] - side) // 2
-    if crops == 1:
-        corners = [(down, across)]
-    elif width >= height:
-        corners = [(down, 0), (down, across), (down, 2 * across)]
-    else:
-        corners = [(0, across), (down, across), (2 * down, across)]
-    return np.stack([frame[top : top + side, left : left + side] for top, left in corners])
 
 
 def ours(frames: np.ndarray, *args, process=PUBLISHED) -> np.ndarray:

@@ -13,7 +13,7 @@ import torch
 
 from bench import compare_commits, machine, measure, report, tables
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 BENCH = """
 import torch

@@ -31,7 +31,7 @@ from zeroi2v.train.distributed import end_processes, start_processes
 from zeroi2v.train.engine import build_engine
 from zeroi2v.train.log import read_log
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 
 

@@ -17,7 +17,7 @@ from zeroi2v.bridges.load import load_backbone
 from zeroi2v.config import CLIP_MEAN, CLIP_STD, RECIPES, spread_offsets
 from zeroi2v.train.config import load_config
 
-CONFIGS = Path(__file__).parents[1] / "zeroi2v" / "train" / "configs"
+CONFIGS = Path(__file__).parents[2] / "zeroi2v" / "train" / "configs"
 
 # Frames, sampling, offsets of the first heads, adapter scale and dropout, classes, test views,
 # epochs, batch, erasing, label smoothing, factor on the backbone's learning rate.

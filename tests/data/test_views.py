@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 from deadly import DeadlyViews
-from test_pipeline import assert_same, config, pixels
-from test_preprocess import mmaction2
+from loading import assert_same, config, mmaction2, pixels
 from videos import bad_copies, numbered_samples, write_numbered, write_video
 
 from zeroi2v.data import views

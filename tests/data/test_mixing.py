@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_pipeline import AUGMENT, assert_same, config, samples  # noqa: F401, a fixture
+from loading import AUGMENT, assert_same, config
 
 from zeroi2v.data.augment import AugmentConfig
 from zeroi2v.data.mixing import draw_box, mix
@@ -95,7 +95,7 @@ def test_loss_of_a_mixture_is_the_mixed_loss_label_smoothing_included():
 
 
 @pytest.mark.parametrize("kind", [dict(mixup=0.8), dict(cutmix=1.0), dict(mixup=0.2, cutmix=0.5)])
-def test_mixtures_are_of_the_clips_of_the_same_loader_without(samples, kind):  # noqa: F811
+def test_mixtures_are_of_the_clips_of_the_same_loader_without(samples, kind):
     augment = dataclasses.replace(AUGMENT, **kind)
     plain = list(ClipLoader(samples, config(), batch_size=4, augment=AUGMENT, seed=1).epoch(2))
     both = list(ClipLoader(samples, config(), batch_size=4, augment=augment, seed=1).epoch(2))
@@ -108,7 +108,7 @@ def test_mixtures_are_of_the_clips_of_the_same_loader_without(samples, kind):  #
         assert after.target.dtype == torch.float32 and after.target.shape == (4, 10)
 
 
-def test_mixtures_depend_neither_on_processes_nor_workers_and_resume(samples):  # noqa: F811
+def test_mixtures_depend_neither_on_processes_nor_workers_and_resume(samples):
     augment = dataclasses.replace(AUGMENT, mixup=0.5, cutmix=0.5)
 
     def rows(batch_size, world_size=1, accumulation=1, workers=0, start_step=0):
@@ -138,7 +138,7 @@ def test_mixtures_depend_neither_on_processes_nor_workers_and_resume(samples):  
     assert_same(rows(4, start_step=2), whole[2:])
 
 
-def test_mixing_needs_pairs_and_shares(samples):  # noqa: F811
+def test_mixing_needs_pairs_and_shares(samples):
     with pytest.raises(ValueError, match="batch_size must be even with mixup or cutmix: got 3"):
         ClipLoader(samples, config(), batch_size=3, augment=AugmentConfig(mixup=0.1))
     for name in ("mixup", "cutmix"):

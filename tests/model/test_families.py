@@ -6,8 +6,7 @@ import math
 
 import pytest
 import torch
-from models import FAMILIES, build, family_config
-from test_training_block import (
+from blocks import (
     POLICIES,
     assert_close,
     build_block,
@@ -17,6 +16,7 @@ from test_training_block import (
     trained,
     value_and_grads,
 )
+from models import FAMILIES, build, family_config
 from zeroi2v_kernels import choice
 from zeroi2v_kernels.stdha import shift_heads
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from foreign import CLASSES, authors_config, authors_state, relative, save_authors, trained_model
+from loading import mmaction2
 from models import build, small_config
-from test_preprocess import mmaction2
 from videos import write_numbered
 
 from zeroi2v import cli, convert, evaluate, load_foreign, merge, verify

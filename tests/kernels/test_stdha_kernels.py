@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from attention import attention, packed_attention
+from models import build, small_config
 from rounding import assert_within_budget
 from torch.nn.functional import scaled_dot_product_attention
 from zeroi2v_kernels import choice, stdha_flash
@@ -25,7 +26,6 @@ from zeroi2v_kernels.stdha import (
     stdha_split_op,
 )
 
-from tests.models import build, small_config
 from zeroi2v.config import RECIPES
 from zeroi2v.model.attention import set_backend
 from zeroi2v.model.training_block import can_train

@@ -7,6 +7,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from loading import whole_decode
 from videos import hide_frame, numbered_frame, read_number, write_numbered, write_video
 
 from zeroi2v.data import decode, packets
@@ -33,20 +34,6 @@ def forbid(monkeypatch, name):
 def manifest(clips):
     with open(clips / "manifest.tsv", newline="") as lines:
         return list(csv.DictReader(lines, delimiter="\t"))
-
-
-def whole_decode(path, wanted):
-    """{index: RGB} of the wanted frames, and the number of all; the definition of truth."""
-    frames, count = {}, 0
-    with av.open(str(path), metadata_errors="ignore") as container:
-        stream = container.streams.best("video")
-        stream.codec_context.thread_count = 1
-        for frame in container.decode(stream):
-            if count in wanted:
-                image = frame.to_ndarray(format="rgb24")
-                frames[count] = np.rot90(image, frame.rotation // 90)
-            count += 1
-    return frames, count
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 
 from zeroi2v.train import keys
 
-PAGE = Path(__file__).parents[1] / "docs" / "config.md"
+PAGE = Path(__file__).parents[2] / "docs" / "config.md"
 
 
 def test_the_page_is_fresh():

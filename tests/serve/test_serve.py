@@ -26,7 +26,7 @@ from zeroi2v.serve import main as serve
 from zeroi2v.serve.limits import Limits, Refused
 from zeroi2v.serve.worker import TooSlow, Worker
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LABELS = tuple(f"class <{i}>" for i in range(11))
 
 

@@ -28,7 +28,7 @@ from zeroi2v import VideoViT
 from zeroi2v.config import ModelConfig
 from zeroi2v.train.log import read_log
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MODEL = dict(
     image_size=32, patch_size=16, width=32, depth=2, num_heads=2, num_frames=4, num_classes=4,
     head_offsets=[-1, 1], preprocess=dict(sampling="uniform", val_short_side=32),

@@ -18,7 +18,7 @@ triton = pytest.importorskip("triton", reason="needs triton")
 compile_kernels = pytest.importorskip("bench.compile_kernels")
 machine_code = pytest.importorskip("bench.machine_code")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RUN = """
 import sys
 from bench import compile_kernels

@@ -7,7 +7,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from test_pipeline import config, pixels
+from loading import config, pixels
 
 from zeroi2v.data import nvdec
 from zeroi2v.data.annotations import Sample

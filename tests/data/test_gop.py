@@ -12,9 +12,8 @@ import av
 import numpy as np
 import pytest
 import torch
+from loading import AUGMENT, assert_same, config, pixels, whole_decode
 from nvidia.dali._multiproc.shared_queue import ShmQueue
-from test_decode import whole_decode
-from test_pipeline import AUGMENT, assert_same, config, pixels
 from videos import numbered_frame, read_number, write_numbered, write_video
 
 from zeroi2v.data import decode, pipeline

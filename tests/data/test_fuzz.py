@@ -1,7 +1,7 @@
 """Damaged at random: no file crashes or hangs the decoder, or gives frames that are not its own.
 
 ZEROI2V_FUZZ sets the number of damaged files (default 320): `ZEROI2V_FUZZ=5000 pytest
-tests/test_fuzz.py`. Each is made from its own number, so a failure can be made again.
+tests/data/test_fuzz.py`. Each is made from its own number, so a failure can be made again.
 """
 
 import hashlib

@@ -73,7 +73,7 @@ class _Noise(TorchDispatchMode):
         if func.is_view or name in EXACT:
             return out
         if name not in ROUNDED or func._schema.is_mutable:
-            raise NotImplementedError(f"tests/rounding.py does not know how {func} rounds")
+            raise NotImplementedError(f"tests/helpers/rounding.py does not know how {func} rounds")
         size = self.eps * out.abs()
         if name in SUMS:
             terms = args[0].shape[-1] if len(args) > 1 and isinstance(args[1], Tensor) else (

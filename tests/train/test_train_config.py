@@ -8,7 +8,7 @@ import yaml
 from zeroi2v.config import RECIPES
 from zeroi2v.train.config import differences, find_config, load_config
 
-CONFIGS = Path(__file__).parents[1] / "zeroi2v" / "train" / "configs"
+CONFIGS = Path(__file__).parents[2] / "zeroi2v" / "train" / "configs"
 
 MINIMAL = {"data": {"train_list": "train.txt"}, "run": {"dir": "runs/test"}}
 

@@ -16,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from coloured import write_tagged
 from models import build, small_config
-from test_colours import write_tagged
 from training import assert_same_run, command, environment, finish, make_data
 from training import weights as weights_of
 from videos import numbered_frame, write_numbered, write_video

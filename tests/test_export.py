@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from foreign import relative
+from loading import mmaction2
 from models import build, small_config
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_preprocess import mmaction2
 from videos import write_numbered
 
 from zeroi2v import evaluate, merge

@@ -1,6 +1,6 @@
 """The shapes, dtypes and models that benches share.
 
-A case marked `REST` adds little to the others and is timed only with `--all`. bfloat16 stands for
+A case marked `REST` adds little to the others and is run only with `--all`. bfloat16 stands for
 float16 too, and on a GPU nobody runs these models in float32.
 """
 
@@ -31,7 +31,7 @@ LIMITS = {"float32": 1e-5, "bfloat16": 0.05, "float16": 0.01}
 
 
 def parameters(values, essential) -> list:
-    """Parameters of a bench; those that are not `essential` are timed only with `--all`."""
+    """Parameters of a bench; those that are not `essential` are run only with `--all`."""
     return [pytest.param(v, marks=() if v in essential else REST) for v in values]
 
 

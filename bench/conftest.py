@@ -1,6 +1,6 @@
 """How benches run: `pytest bench` checks each once, `pytest bench --benchmark` also times it.
 
-Only cases that add something are timed, the others too with `--all`. A bench checks its contestants
+Only cases that add something are run, the others too with `--all`. A bench checks its contestants
 before it times them, in rounds in which all take turns. Figures go to
 `bench/results/<machine>.json`, and to pytest-benchmark if that is installed.
 """
@@ -46,7 +46,7 @@ OPTIONAL = (
 def pytest_addoption(parser):
     group = parser.getgroup("zeroi2v benches")
     group.addoption("--benchmark", action="store_true", help="time the benches, not only check")
-    group.addoption("--all", action="store_true", help="time also the cases that tell little new")
+    group.addoption("--all", action="store_true", help="run also the cases that tell little new")
     group.addoption("--rounds", type=int, help="timed rounds of each bench; default: what fits")
     group.addoption(
         "--seconds",
@@ -58,15 +58,13 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out what is not timed, and puts data last: DALI's threads would end a capture."""
+    """Leaves out what tells little new, and puts data last: DALI's threads would end a capture."""
     items.sort(key=lambda item: item.path.name == "bench_data.py")
-    if not config.getoption("--benchmark"):
-        return
     if not config.getoption("--all"):
         rest = [item for item in items if item.get_closest_marker("rest")]
         items[:] = [item for item in items if item not in rest]
         config.hook.pytest_deselected(items=rest)
-    if config.pluginmanager.hasplugin("timeout"):
+    if config.getoption("--benchmark") and config.pluginmanager.hasplugin("timeout"):
         for item in items:
             item.add_marker(pytest.mark.timeout(TIMEOUT[machine.device()]))
 

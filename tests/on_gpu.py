@@ -91,7 +91,8 @@ def graphs_of(model) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16][: 1 + HAS_GPU])
 @torch.no_grad()
 def test_model_accelerated_gives_the_same_bits(dtype, caplog):
-    changes = dict(num_frames=4, width=12 * 64, depth=2, image_size=64)
+    changes = dict(num_frames=4, depth=2, image_size=64)
+    changes |= dict(width=12 * 64) if HAS_GPU else {}
     config = ModelConfig.from_dict(small_config("vit_b16_k400_8x16").to_dict() | changes)
     adapted = build(config)
     plain, other = (merge(build(config, seed)).to(DEVICE, dtype) for seed in (0, 1))

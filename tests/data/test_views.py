@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from deadly import DeadlyViews
+from deadly_views import DeadlyViews
 from loading import assert_same, config, mmaction2, pixels
 from videos import bad_copies, numbered_samples, write_numbered, write_video
 
@@ -123,7 +123,7 @@ def test_a_file_that_kills_or_hangs_its_worker_is_named(samples, tmp_path, monke
     path = str(shutil.copy(samples[3].path, tmp_path / f"{how}.mp4"))
     mixed = [*samples[:3], Sample(path, 3), *samples[4:]]
     monkeypatch.setattr(views, "ViewSource", DeadlyViews)
-    loader = ViewLoader(mixed, config(), batch_size=2, workers=2, timeout=1.5)
+    loader = ViewLoader(mixed, config(), batch_size=2, workers=1, timeout=1.5)
     index = torch.cat([batch.index for _ in range(2) for batch in loader.epoch()])
     once = [0, 1, 2, -1, *range(4, 13), -1]
     assert index.tolist() == 2 * once
@@ -133,7 +133,7 @@ def test_a_file_that_kills_or_hangs_its_worker_is_named(samples, tmp_path, monke
 
 def test_workers_that_are_killed_for_no_fault_of_a_file_are_replaced_once_a_video(samples):
     plain = list(ViewLoader(samples, config(), batch_size=2).epoch())
-    loader = ViewLoader(samples, config(), batch_size=2, workers=2)
+    loader = ViewLoader(samples, config(), batch_size=2, workers=1)
     others, got = set(multiprocessing.active_children()), []
 
     def kill_all():

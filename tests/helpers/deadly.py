@@ -4,20 +4,11 @@ import os
 import signal
 import time
 
-from zeroi2v.data import clip_worker, views
+from zeroi2v.data import clip_worker
 
 
 class DeadlySource(clip_worker.ClipSource):
     """As `ClipSource`, but files named `deadly…` crash their worker and `endless…` hang it."""
-
-    def read(self, *args):
-        if self._is_worker:
-            clip_worker.read_sample = read_sample
-        return super().read(*args)
-
-
-class DeadlyViews(views.ViewSource):
-    """The same of a `ViewSource`."""
 
     def read(self, *args):
         if self._is_worker:

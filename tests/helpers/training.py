@@ -64,6 +64,7 @@ def make_data(folder: Path) -> Path:
         "model": MODEL,
         "data": {"train_list": str(folder / "train.txt"), "val_list": str(folder / "val.txt"),
                  "root": str(folder), "workers": 0},
+        "augment": {"rand_augment_ops": 1},  # DALI takes a second for the graph of four
         "optim": {"epochs": 2, "batch_size": 4, "micro_batch": 2, "warmup_epochs": 0.5,
                   "lr": 1e-2},
         "run": {"dir": "unset", "log_every": 1},

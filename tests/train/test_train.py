@@ -5,8 +5,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,13 +12,12 @@ import torch
 import torch.nn.functional as F
 from training import (
     MODEL,
+    Ranks,
     arguments,
     assert_same_run,
-    command,
     environment,
-    finish,
-    held_port,
     make_data,
+    wait_for,
     weights,
 )
 
@@ -208,25 +205,15 @@ def test_sigterm_to_all_processes_saves_and_exits_143_and_the_run_can_go_on(
 
     The run goes on with the number of threads it began with, whatever the new process is told.
     """
-    options = ("data.workers=1", "data.val_list=null", "optim.epochs=10")
-    argv = command(data, tmp_path / "broken", *options)
-    process = subprocess.Popen(
-        [sys.executable, *argv],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment(),
-        start_new_session=True,
-    )
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if "| step 3/40 |" in line:
-            os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait() == 128 + signal.SIGTERM, "".join(lines)
-    assert "Traceback" not in "".join(lines)
-    summary = json.loads(lines[-1])
-    assert 3 <= summary["steps"] < 40 and not summary["finished"]
+    options = ("data.workers=1", "data.val_list=null", "optim.epochs=4")
+    words = arguments(data, tmp_path / "broken", *options)
+    with Ranks(words, count=1, output=tmp_path / "text", before=os.setsid) as ranks:
+        wait_for(lambda: "| step 3/16 |" in ranks.text(), 200)
+        os.killpg(ranks.processes[0].pid, signal.SIGTERM)
+        assert ranks.wait(60) == [128 + signal.SIGTERM], ranks.text()
+    assert ranks.errors() == []
+    summary = json.loads(ranks.text().splitlines()[-1])
+    assert 3 <= summary["steps"] < 16 and not summary["finished"]
 
     options = (*options[1:], "data.workers=0")
     monkeypatch.setenv("OMP_NUM_THREADS", environment()["OMP_NUM_THREADS"])
@@ -239,26 +226,24 @@ def test_sigterm_to_all_processes_saves_and_exits_143_and_the_run_can_go_on(
 
 def test_two_processes_and_one_with_twice_the_micro_batch_have_the_same_losses(go, data, tmp_path):
     still = ("augment=null", "model.adapter.dropout=0", "model.head_dropout=0")
-    words = command(data, tmp_path / "two", *still, "optim.micro_batch=1")
-    with held_port() as port:
-        launcher = ["deepspeed", "--num_accelerators", "2", "--master_port", str(port)]
-        done = finish([*launcher, *words], env=environment())
+    words = arguments(data, tmp_path / "two", *still, "optim.micro_batch=1")
+    with Ranks(words, count=2, output=tmp_path / "text") as ranks:
+        assert ranks.wait(200) == [0, 0], ranks.text()
     one = go("one", *still, "optim.micro_batch=2")
     two = tmp_path / "two"
     keys = ("loss", "val_top1")
     logs = [[line.get(k) for line in read_log(r) for k in keys if k in line] for r in (one, two)]
     assert len(logs[0]) == 10
     assert logs[1] == pytest.approx(logs[0], rel=1e-5)
-    assert done.stdout.count('"finished": true') == 1
+    assert ranks.text().count('"finished": true') == 1
 
 
 def test_two_processes_tell_an_error_once(data, tmp_path):
-    words = command(data, tmp_path / "run", "data.train_list=nowhere.txt")
-    with held_port() as port:
-        launcher = ["torchrun", "--nproc_per_node", "2", "--master_port", str(port)]
-        done = finish([*launcher, *words], status=1, env=environment())
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1 and "nowhere.txt" in errors[0]
+    words = arguments(data, tmp_path / "run", "data.train_list=nowhere.txt")
+    with Ranks(words, count=2, output=tmp_path / "text") as ranks:
+        assert ranks.wait(200) == [1, 1], ranks.text()
+    (error,) = ranks.errors()
+    assert "nowhere.txt" in error
 
 
 def test_bad_videos_are_named_counted_and_replaced(go, data, tmp_path, capsys):
@@ -332,12 +317,13 @@ def test_run_on_twenty_real_signs_learns_every_one(go, clips, tmp_path):
     assert json.loads((run_dir / "eval.json").read_text())["top1"] == 100.0
 
 
-@pytest.mark.parametrize(("lr", "rule"), [("1e30", "finite"), ("30", "below 100")])
+@pytest.mark.parametrize(("lr", "rule"), [("1e30", "finite"), ("100", "below 100")])
 def test_diverged_or_exploded_loss_stops_the_run(go, tmp_path, lr, rule):
     with pytest.raises(ValueError, match=rf"loss must be {rule}: got .* at step \d") as error:
         go("run", f"optim.lr={lr}", "optim.warmup_epochs=0", "data.val_list=null")
     report = json.loads((tmp_path / "run" / "diverged" / "report.json").read_text())
-    assert all(clip["file"] in str(error.value) for clip in report["clips"])
+    suspects = [clip for clip in report["clips"] if not float(clip["loss"]) < 100]
+    assert all(clip["file"] in str(error.value) for clip in suspects or report["clips"])
     assert f"first bad layer: {report['first_bad_layer']}" in str(error.value)
     VideoViT.from_pretrained(tmp_path / "run" / "diverged" / "model")
 

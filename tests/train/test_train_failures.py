@@ -28,7 +28,7 @@ from zeroi2v.train.log import read_log
 from zeroi2v.train.main import check_weights, main
 from zeroi2v.train.state import StateFiles, _without_enums, lock_folder
 
-RUN = ("optim.epochs=6", "optim.micro_batch=1", "run.save_every=1", "run.resume=auto",
+RUN = ("optim.epochs=3", "optim.micro_batch=1", "run.save_every=1", "run.resume=auto",
        "optim.zero_stage=3")  # fmt: skip
 
 

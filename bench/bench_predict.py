@@ -25,7 +25,7 @@ FLOOR = "import torch"
 
 def bench_predict(tmp_path, compare, timed):
     pytest.importorskip("onnxscript", reason="ONNX is not installed: pip install zeroi2v[export]")
-    model = merge(build(RECIPES[RECIPE].model if timed else small_config(RECIPE)))
+    model = merge(build(RECIPES[RECIPE].model if timed else small_config(RECIPE, depth=1)))
     model.save_pretrained(tmp_path / "folder")
     for format, name in FILES.items():
         export(model, format, tmp_path / name)

@@ -50,6 +50,7 @@ GOALS = {
 def bench_training_block(recipe, clips, compare, timed, device):
     config = RECIPES[recipe].model
     few = dict(depth=2, image_size=4 * config.patch_size, num_frames=2)
+    few["width"] = 16 * config.num_heads
     small = {} if timed else few  # enough to check
     config = dataclasses.replace(config, head_dropout=0.0, **small)
     models = {"float32": adapted_model(config, device).freeze().train()}

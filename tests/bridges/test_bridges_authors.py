@@ -105,13 +105,13 @@ def test_recipe_of_another_dataset_is_an_error_not_another_scale(tmp_path, monke
         ({"adapter.scale": 0.5}, "adapter.scale must be 1.0, .*got 0.5"),
         ({"head_offsets": [-1, 1] + [0] * 10}, r"head_offsets must be \(-1, 1, -2, 2, 0"),
         ({"head_offsets": [0] * 12}, "head_offsets must be"),
-        ({"depth": 12}, "depth must be 3"),
+        ({"depth": 12}, "depth must be 2"),
         ({"num_frames": 8}, "num_frames must be 16"),
         ({"num_heads": 6}, "num_heads must be 12"),
         ({"activation": "gelu"}, "activation must be quick_gelu"),
         (
             {"adapter": None},
-            "in_adapter.down.weight.* and 45 more, which its config has no place for",
+            "in_adapter.down.weight.* and 29 more, which its config has no place for",
         ),
     ],
 )

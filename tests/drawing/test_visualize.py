@@ -22,7 +22,7 @@ from zeroi2v.visualize import attention_maps, parse_query, read_clip, rows_of, t
 
 @pytest.fixture(scope="module")
 def model():
-    config = small_config("vit_b16_ssv2_16", num_frames=5)
+    config = small_config("vit_b16_ssv2_16", num_frames=5, depth=3)
     pixels = PreprocessConfig(sampling="uniform", interval=1, val_short_side=32)
     return build(replace(config, preprocess=pixels))
 

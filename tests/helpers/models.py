@@ -9,9 +9,9 @@ from zeroi2v.model.vit import VideoViT
 
 
 def small_config(recipe: str | None = None, **overrides) -> ModelConfig:
-    """A recipe's model at 4 channels a head, 3 blocks and 32 px: same offsets, scale and frames."""
+    """A recipe's model at 4 channels a head, 2 blocks and 32 px: same offsets, scale and frames."""
     config = RECIPES[recipe or "vit_b16_ssv2_16"].model.to_dict()
-    config.update(width=4 * config["num_heads"], depth=3, image_size=2 * config["patch_size"])
+    config.update(width=4 * config["num_heads"], depth=2, image_size=2 * config["patch_size"])
     config.update(num_classes=11, **overrides)
     return ModelConfig.from_dict(config)
 

@@ -75,7 +75,7 @@ def test_merged_folder_has_clips_names_and_no_others(folder):
     block = ["ln_1", "ln_2", "attn.out_proj", "mlp.c_fc", "mlp.c_proj"]
     expected = {"conv1.weight", "class_embedding", "positional_embedding", "temporal_embedding"}
     expected |= {f"{n}.{k}" for n in ("ln_pre", "ln_post", "head") for k in ("weight", "bias")}
-    for i in range(3):
+    for i in range(2):
         prefix = f"transformer.resblocks.{i}."
         expected |= {f"{prefix}{n}.{k}" for n in block for k in ("weight", "bias")}
         expected |= {f"{prefix}attn.in_proj_weight", f"{prefix}attn.in_proj_bias"}
@@ -86,10 +86,10 @@ def test_merged_folder_has_clips_names_and_no_others(folder):
     "changes, message",
     [
         (
-            dict(depth=4),
-            r"lacks transformer.resblocks.3.ln_1.weight.* and \d+ more, which",
+            dict(depth=3),
+            r"lacks transformer.resblocks.2.ln_1.weight.* and \d+ more, which",
         ),
-        (dict(depth=2), r"contains transformer.resblocks.2.* which its config has no place for"),
+        (dict(depth=1), r"contains transformer.resblocks.1.* which its config has no place for"),
         (dict(adapter=None), r"contains transformer.resblocks.0.attn.in_adapter.* no place for"),
         (dict(num_classes=12, labels=[]), r"head.weight has shape \[11, 48\], its config asks for"),
         (dict(num_frames=8), r"temporal_embedding has shape \[16, 48\]"),

@@ -44,6 +44,7 @@ PACKAGES = {  # module: (requirement, what needs it; empty: everything)
     "onnxscript": ("onnxscript>=0.5", "export to ONNX"),
     "onnxruntime": ("onnxruntime>=1.20", "running ONNX files"),
     "triton": ("triton>=3.6", "the GPU kernels"),
+    "gradio": ("gradio>=6", "the web page"),
     "transformers": ("transformers>=4.50", "tests and benches"),
 }
 PROBES = {  # probe: (group, the modules it can't run without)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import logging
 import sys
 import warnings
 from pathlib import Path
@@ -278,6 +279,8 @@ def _write_program(file: _OfClips, path: Path) -> None:
 def _write_onnx(file: _OfClips, path: Path) -> None:
     if sum(p.numel() * p.element_size() for p in file.parameters()) >= 2**31 - 2**20:
         raise ValueError("an ONNX file must be below 2 GiB: take --dtype fp16 or torch-export")
+    # It warns of torchvision, which nothing here needs.
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own deprecations
         exported = torch.onnx.export(

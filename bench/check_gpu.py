@@ -114,6 +114,7 @@ STEPS = (
     Step("kernels", _shared(*_KERNELS), 150),
     Step("model", _on_gpu("test_model"), 90, ("av",), dry=True),
     Step("training block", _shared("tests/model/test_training_block.py"), 90, _TRAIN),
+    Step("families", _shared("tests/model/test_families.py", "-k", "kernels_compute"), 60, _TRAIN),
     Step("data", _on_gpu("test_data"), 90, _DATA, dry=True),
     Step("training", _on_gpu("test_train_in"), 120, _TRAIN),
     Step("resume", _on_gpu("test_train_killed"), 90, _TRAIN),

@@ -5,6 +5,7 @@ Without a GPU the same tests run on the CPU, and leave out, by name, the parts t
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from coloured import write_tagged
-from models import build, small_config
+from models import FAMILIES, build, family_config, small_config
 from training import assert_same_run, command, environment, finish, make_data
 from training import weights as weights_of
 from videos import numbered_frame, write_numbered, write_video
@@ -81,6 +82,22 @@ def test_model_eager_graph_compiled_and_merged_agree(dtype):
     errors = {name: apart(output, eager) for name, output in ways.items()}
     print({name: f"{error:.1e}" for name, error in errors.items()})
     assert all(error < limit for error in errors.values()), errors
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_model_of_every_family_agrees_with_float64(family):
+    config = family_config(family, width=4 * 64, head_offsets=(-1, 1, 0, 0))
+    adapted = build(config)
+    video = torch.randn(2, 3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    truth = copy.deepcopy(adapted).double()(video.double())
+    for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
+        for model in (copy.deepcopy(adapted), merge(adapted)):
+            found = model.to(DEVICE, dtype)(video.to(DEVICE, dtype)).cpu()
+            error = apart(found, truth)
+            print(f"{family} {dtype}: {error:.1e}")
+            assert error < limit
+    left_out("the kernels of every family")
 
 
 def graphs_of(model) -> int:

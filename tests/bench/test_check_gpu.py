@@ -114,7 +114,7 @@ def test_results_are_there_after_each_step_and_no_step_begins_too_late(tmp_path)
 
 def test_steps_are_in_the_order_of_their_worth():
     names = [s.name for s in STEPS]
-    assert names[:6] == ["doctor", "kernels", "model", "training block", "data", "training"]
+    assert names[:4] == ["doctor", "kernels", "model", "training block"]
     figures = [s.figures for s in STEPS]
     assert figures == sorted(figures) and sum(figures) == 6
     assert names[-6:] == [
@@ -157,7 +157,7 @@ def test_dry_form_goes_through_all_steps(tmp_path, capsys, monkeypatch):
     assert status == 0 and ran == {"doctor", "model", "data"}, out
     assert {s["said"] for s in report["steps"] if s["status"] == "skipped"} == {"needs CUDA"}
     assert "left out, for they need CUDA: CUDA graph" in str(report)
-    assert out.splitlines()[-1].startswith("3 passed, 0 failed, 13 skipped: ")
+    assert out.splitlines()[-1].startswith("3 passed, 0 failed, 14 skipped: ")
 
     found = json.loads((tmp_path / "check_doctor.log").read_text())["checks"]
     monkeypatch.setattr(doctor, "examine", lambda: [doctor.Check(**row) for row in found])

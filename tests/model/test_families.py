@@ -17,6 +17,7 @@ from blocks import (
     value_and_grads,
 )
 from models import FAMILIES, build, family_config
+from triton_ops import DEVICE
 from zeroi2v_kernels import choice
 from zeroi2v_kernels.stdha import shift_heads
 
@@ -56,10 +57,11 @@ def test_merged_model_equals_the_adapted_one(family):
 
 @families
 def test_kernels_compute_a_step_as_exactly_as_pytorch(family, monkeypatch):
-    """The GPU's path through a block of the family, in Triton's interpreter."""
+    """The GPU's path through a block of the family, without one in Triton's interpreter."""
     adapter = AdapterConfig(ratio=0.5, dropout=0.0)
     config = family_config(family, adapter=adapter, width=64, num_frames=2, depth=1)
-    block, x = build_block(config), tokens(config, torch.float32, batch=1)
+    block = build_block(config).to(DEVICE)
+    x = tokens(config, torch.float32, batch=1, device=DEVICE)
     truth_block = copy.deepcopy(block).double()
     x64 = x.detach().double().requires_grad_()
     truth = value_and_grads(naive_block(truth_block, x64), [x64, *trained(truth_block)])

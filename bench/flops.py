@@ -33,7 +33,7 @@ def formula(config: ModelConfig, cls_only: bool = True) -> int:
     """
     tokens, width = config.num_tokens, config.width
     patches = config.grid**2 * width * 3 * config.patch_size**2
-    blocks = [_block(config, tokens)] * (config.depth - 1)
+    blocks = [_block(config.block(number), tokens) for number in range(config.depth - 1)]
     blocks.append(_block(config, 1 if cls_only and config.reads_class else tokens))
     frame = patches + sum(blocks) + _pool(config)
     return 2 * (config.num_frames * frame + width * config.num_classes)

@@ -99,8 +99,8 @@ def test_file_comes_from_an_adapted_run_by_the_command_line(suffix, tmp_path, ca
 
 
 @pytest.mark.parametrize("format, dtype", [("onnx", None), ("torch-export", torch.bfloat16)])
-def test_vit_of_another_lineage_is_exported_like_clip(format, dtype, tmp_path):
-    shape = dict(depth=1, activation="gelu", ln_pre=False, adapter=None)
+def test_vit_of_another_lineage_adapted_in_part_is_exported_like_clip(format, dtype, tmp_path):
+    shape = dict(depth=2, adapt_from=1, activation="gelu", ln_pre=False, adapter=None)
     model = build(small_config("vit_b16_k400_8x16", **shape))
     path = tmp_path / f"model.{SIDES[format]}"
     report = export(model, format, path, dtype)

@@ -177,6 +177,9 @@ class ModelConfig:
     """Width of its MLP's hidden layer as a multiple of `width`."""
     adapter: AdapterConfig | None = field(default_factory=AdapterConfig)
     """The adapters, or None for a plain or merged model."""
+    adapt_from: int = 0
+    """The first block that is adapted. Those before it are the image model's: no adapters, no head
+    offsets, and the temporal embedding is added after them. They train without backward."""
     head_dropout: float = 0.5
     """Dropout before the classifier while training."""
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
@@ -187,6 +190,8 @@ class ModelConfig:
     def __post_init__(self):
         for name in ("image_size", "patch_size", "width", "depth", "num_heads", "num_frames"):
             require(getattr(self, name) >= 1, name, "must be at least 1", getattr(self, name))
+        rule = f"must be at least 0 and below depth {self.depth}"
+        require(0 <= self.adapt_from < self.depth, "adapt_from", rule, self.adapt_from)
         if self.head_offsets == "auto":
             object.__setattr__(self, "head_offsets", spread_offsets(self.num_heads))
         sides = {
@@ -272,6 +277,12 @@ class ModelConfig:
     def reads_class(self) -> bool:
         """Whether nothing but the class token leaves the last block."""
         return self.pooling == "class"
+
+    def block(self, number: int) -> ModelConfig:
+        """What block `number` is made of: before `adapt_from` a block of the plain image model."""
+        if number >= self.adapt_from:
+            return self
+        return dataclasses.replace(self, adapter=None, head_offsets=(0,) * self.num_heads)
 
     @property
     def adapter_rank(self) -> int:

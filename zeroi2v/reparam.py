@@ -86,6 +86,8 @@ def merge(model: VideoViT, dtype: torch.dtype | None = None) -> VideoViT:
     made: dict[str, Tensor] = {}
     with torch.no_grad():
         for index, block in enumerate(model.transformer.resblocks):
+            if index < model.config.adapt_from:
+                continue
             place = f"transformer.resblocks.{index}."
             for names, adapter, rule in (
                 (("attn.in_proj_weight", "attn.in_proj_bias"), block.attn.in_adapter, merge_before),

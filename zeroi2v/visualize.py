@@ -60,6 +60,8 @@ def attention_maps(
     """
     maps, x = {}, model.embed(video)
     for number, block in enumerate(model.transformer.resblocks):
+        if number == model.config.adapt_from > 0:
+            x = model.timed(x)
         if number in layers:
             attn = block.attn
             qkv = attn.project(attn.in_adapter(block.ln_1(x)))
@@ -190,7 +192,7 @@ def main(argv: list[str]) -> None:
             f"{Path(args.video).name}: predicted {label} ({best.values:.0%})",
             f"layer {layer} of 0 to {config.depth - 1}; the query is {who}",
         )
-        rows = rows_of(maps[layer], config, args.heads)
+        rows = rows_of(maps[layer], config.block(layer), args.heads)
         files = [out / f"layer{layer}{end}" for end in (".png", f"_frame{frame}.png", ".mp4")]
         save_picture(draw_grid(clip.images, rows, about, query), files[0])
         frames = tqdm(range(config.num_frames), f"layer {layer}", disable=None, leave=False)

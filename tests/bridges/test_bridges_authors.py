@@ -109,6 +109,7 @@ def test_recipe_of_another_dataset_is_an_error_not_another_scale(tmp_path, monke
         ({"num_frames": 8}, "num_frames must be 16"),
         ({"num_heads": 6}, "num_heads must be 12"),
         ({"activation": "gelu"}, "activation must be quick_gelu"),
+        ({"adapt_from": 1}, "adapt_from must be 0"),
         (
             {"adapter": None},
             "in_adapter.down.weight.* and 29 more, which its config has no place for",

@@ -99,7 +99,7 @@ def test_the_report_says_what_was_trained_and_what_came_of_it(finished, page):
     assert f"{figures['top1']:.2f} %" in page.text and "25 % what guessing" in page.text
     assert f"by the model of step {figures['step']}, on 7 validation videos" in page.text
     assert "4 frames of 32 x 32 pixels, spread over the video" in page.text
-    assert "1 of 2 in each block, by -1 frames" in page.text
+    assert "1 of 2 in each adapted block, by -1 frames" in page.text
     assert "NOWHERE: they are random" in page.text
     assert "an epoch is 12 clips" in page.text
     assert "augmentation none" in page.text

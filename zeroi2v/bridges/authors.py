@@ -39,7 +39,7 @@ def convert(source: Source) -> Foreign | None:
     tensors, adapters = _rename(source)
     used = _uniform(adapters, where)
     foreign = Foreign(format="ZeroI2V, the authors' checkpoint", tensors=tensors, fresh=())
-    foreign.known = describe_clip(tensors, where) | {"activation": "quick_gelu"}
+    foreign.known = describe_clip(tensors, where) | {"activation": "quick_gelu", "adapt_from": 0}
     for name, field in (("temporal_embedding", "num_frames"), ("head.weight", "num_classes")):
         if name not in tensors:
             raise ValueError(f"{where} lacks {name}: it is no trained video model")

@@ -30,7 +30,7 @@ _ASKED = ("activation", "norm_eps", "pooling", "pool_heads", "adapter")
 # Fields that a backbone need not have as the model does, or that its weights' shapes show; all
 # others say what it computes.
 _OWN = {"image_size", "num_frames", "num_classes", "head_offsets", "adapter", "mlp_ratio"}
-_OWN |= {"head_dropout", "preprocess", "labels", "pool_mlp_ratio"}
+_OWN |= {"adapt_from", "head_dropout", "preprocess", "labels", "pool_mlp_ratio"}
 
 # What anyone may choose, whatever the file says: none of it changes what the weights compute.
 _FREE = ("preprocess.", "labels", "head_dropout", "adapter.dropout")
@@ -101,7 +101,7 @@ def load_backbone(model: VideoViT, path: str | Path) -> list[str]:
     is_trained, kept = image.config.adapter is not None, ("temporal_embedding", "head.")
     theirs, mine = _image_fields(image.config), _image_fields(ours)
     if is_trained:
-        for name in ("num_frames", "head_offsets", "adapter"):
+        for name in ("num_frames", "head_offsets", "adapter", "adapt_from"):
             theirs[name], mine[name] = getattr(image.config, name), getattr(ours, name)
         if ours.adapter is not None:
             theirs["adapter"] = replace(theirs["adapter"], dropout=ours.adapter.dropout)

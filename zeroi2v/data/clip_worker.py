@@ -30,7 +30,7 @@ from zeroi2v.data.sampling import dense_indices, uniform_indices
 
 PREFETCH = 2
 """Micro-batches made ahead by the workers, and again by the graph."""
-_MAX_REPLACEMENTS = 50
+MAX_REPLACEMENTS = 50
 _ALARM = 2
 """Time limits after which a decoding process that hangs is ended."""
 
@@ -117,6 +117,27 @@ class ClipPlan:
     """Whether it also takes videos that no manifest knows to be whole."""
     fatal: dict[str, str] = field(default_factory=dict)
     """Files that kill the decoding process, with the reasons."""
+    clips: int | None = None
+    """Different clips of a video, which the epochs take in turn; None: each epoch draws anew."""
+    order: np.ndarray | None = None
+    """Which clips there are, int64 [n, 2] of (draw, sample); None: all samples, shuffled."""
+
+    def draw(self, epoch: int) -> int:
+        """The number of the draw of clips that an epoch takes."""
+        return epoch if self.clips is None else epoch % self.clips
+
+    def key(self, draw: int, index: int) -> tuple[int, int, int]:
+        """What seeds all that is random in that draw of a sample's clip."""
+        return self.seed, draw, 1 + index
+
+    def shuffled(self, epoch: int) -> np.ndarray:
+        """The samples in the order of an epoch, int64 [n]."""
+        return np.random.default_rng((self.seed, epoch)).permutation(len(self.samples))
+
+    def replacement(self, draw: int, index: int, attempt: int) -> int:
+        """The sample in place of one that can't be decoded; `attempt` counts from 0."""
+        rng = np.random.default_rng((*self.key(draw, index), 2 + attempt))
+        return int(rng.integers(len(self.samples)))
 
     @property
     def arrays(self) -> dict[str, type]:
@@ -154,7 +175,8 @@ class ClipPlan:
     @property
     def steps(self) -> int:
         """Steps of an epoch; an incomplete last one is left out."""
-        return len(self.samples) // self.global_batch
+        count = len(self.samples if self.order is None else self.order)
+        return count // self.global_batch
 
     @property
     def micro_batches(self) -> int:
@@ -187,7 +209,7 @@ class ClipSource(FrameReader):
     def __init__(self, plan: ClipPlan, epoch: int, start: int):
         super().__init__(plan.config, timeout=plan.timeout, cache=plan.cache, fatal=plan.fatal)
         self.plan, self.epoch, self.start = plan, epoch, start
-        self._order: tuple[int, np.ndarray] | None = None
+        self._shuffled: tuple[int, np.ndarray] | None = None
 
     def __call__(self, info) -> tuple[np.ndarray, ...]:
         plan = self.plan
@@ -196,27 +218,30 @@ class ClipSource(FrameReader):
         if micro_batch >= plan.micro_batches:
             raise StopIteration
         position = plan.position(micro_batch, info.idx_in_batch)
-        return self._clip(epoch, int(self._permutation(epoch)[position]))
+        return self._clip(*self._chosen(epoch, position))
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if self._order is None or self._order[0] != epoch:
-            rng = np.random.default_rng((self.plan.seed, epoch))
-            self._order = (epoch, rng.permutation(len(self.plan.samples)))
-        return self._order[1]
+    def _chosen(self, epoch: int, position: int) -> tuple[int, int]:
+        """Draw and sample of the clip at that place in the epoch's order."""
+        plan = self.plan
+        if plan.order is not None:
+            draw, index = plan.order[position]
+            return int(draw), int(index)
+        if self._shuffled is None or self._shuffled[0] != epoch:
+            self._shuffled = (epoch, plan.shuffled(epoch))
+        return plan.draw(epoch), int(self._shuffled[1][position])
 
-    def _clip(self, epoch: int, index: int) -> tuple[np.ndarray, ...]:
+    def _clip(self, draw: int, index: int) -> tuple[np.ndarray, ...]:
         """The clip of sample `index`, or of the first replacement that can be decoded."""
         plan, bad = self.plan, {}
-        for attempt in range(_MAX_REPLACEMENTS):
-            key = (plan.seed, epoch, 1 + index)
+        for attempt in range(MAX_REPLACEMENTS):
+            key = plan.key(draw, index)
             sample = plan.samples[index]
             is_whole = sample.frames is not None  # as a manifest found it
             try:
                 clip = self.read(sample, key, plan.cutter if plan.cut_unknown or is_whole else None)
             except DecodeError as error:
                 bad[sample.name] = str(error)
-                rng = np.random.default_rng((*key, 2 + attempt))
-                index = int(rng.integers(len(plan.samples)))
+                index = plan.replacement(draw, index, attempt)
                 continue
             return self._finish(clip, index, sample.label, bad, np.random.default_rng((*key, 1)))
         side = plan.config.image_size

@@ -7,6 +7,7 @@ leave decoding to DALI and hand over the packets that the frames are in (`gop.py
 
 from __future__ import annotations
 
+import copy
 import json
 import multiprocessing
 import os
@@ -51,7 +52,8 @@ class ClipLoader:
     (0: in this one), which live as long as the loader; one epoch is read at a time. `device` is
     "cpu", "gpu" or "cuda[:n]". A video that takes longer than `timeout` seconds to decode is a bad
     one. `cache` is a folder that keeps whole decoded videos, which take much space there: for
-    small datasets.
+    small datasets. `clips` is the number of different clips of a video, augmentation included,
+    which the epochs take in turn; None: every epoch draws anew.
 
     `decoder`: "pyav" decodes in the workers. "dali" gives DALI's decoder all that it takes, on a
     GPU the hardware's. That hides damage: the frames of a damaged video may be wrong. So "auto"
@@ -77,6 +79,7 @@ class ClipLoader:
         timeout: float | None = None,
         cache: str | None = None,
         decoder: str = "auto",
+        clips: int | None = None,
     ):
         check_arguments(batch_size, rank, world_size, workers, timeout)
         if accumulation < 1:
@@ -109,6 +112,7 @@ class ClipLoader:
             cache=cache,
             cutter=cutter,
             cut_unknown=decoder == "dali",
+            clips=clips,
         )
         if self.plan.steps == 0:
             raise ValueError(
@@ -146,6 +150,16 @@ class ClipLoader:
         else:
             which = "nothing, as no manifest says which videos are whole"
         return f"DALI on the {self.device.type}: {which}; the rest by PyAV"
+
+    def of(self, clips: np.ndarray) -> ClipLoader:
+        """A loader of these clips alone, int64 [n, 2] of (draw, sample), for this process.
+
+        Its one epoch ends with the last whole batch. `bad_files` are this loader's as well.
+        """
+        other = copy.copy(self)
+        other.plan = replace(self.plan, order=clips, rank=0, world_size=1, accumulation=1)
+        other.decoded_by, other._pipeline = Counter(), None
+        return other
 
     def epoch(self, epoch: int = 0, start_step: int = 0) -> Iterator[Batch]:
         """The micro-batches of an epoch, from step `start_step` on.

@@ -10,6 +10,7 @@ Shapes: B clips, T frames, N tokens a frame (CLS the first, if there is one), C 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
@@ -64,14 +65,27 @@ class VideoViT(nn.Module, ModelHubMixin):
         self.head = nn.Linear(width, config.num_classes)
         self._init_weights()
 
-    def forward(self, video: Tensor) -> Tensor:
-        """Normalised `video [B, 3, T, H, W]` -> logits `[B, num_classes]`."""
+    def forward(self, video: Tensor, is_tokens: bool = False) -> Tensor:
+        """Normalised `video [B, 3, T, H, W]` -> logits `[B, num_classes]`.
+
+        With `is_tokens` it is what `image_tokens` made of a video, `[B, T, N, C]`. Raises
+        ValueError for another shape than the model's.
+        """
+        if is_tokens:
+            shape = [self.config.num_frames, self.config.num_tokens, self.config.width]
+            if video.ndim != 4 or list(video.shape[1:]) != shape:
+                expected = ", ".join(map(str, shape))
+                raise ValueError(f"tokens must be [B, {expected}]: got {list(video.shape)}")
+            return self._classify(self._read(video))
         if self.graphs is None:
             return self._logits(video)
         return self.graphs(self, self._logits, video)
 
     def _logits(self, video: Tensor) -> Tensor:
-        return self.head(self.dropout(self.features(video).mean(dim=1)))
+        return self._classify(self.features(video))
+
+    def _classify(self, features: Tensor) -> Tensor:
+        return self.head(self.dropout(features.mean(dim=1)))
 
     def features(self, video: Tensor) -> Tensor:
         """Normalised `video [B, 3, T, H, W]` -> what stands for each frame, `[B, T, C]`.
@@ -79,15 +93,59 @@ class VideoViT(nn.Module, ModelHubMixin):
         That is the CLS token, or with other pooling what is read from all tokens. If only CLS is
         read, the last block computes the rest of the way for CLS alone.
         """
+        return self._read(self.image_tokens(video))
+
+    def tokens(self, video: Tensor) -> Tensor:
+        """Normalised `video [B, 3, T, H, W]` -> all tokens of the last block, `[B, T, N, C]`."""
+        return self._adapted(self.image_tokens(video), cls_only=False)
+
+    def image_tokens(self, video: Tensor) -> Tensor:
+        """Normalised `video [B, 3, T, H, W]` -> the first adapted block's input, `[B, T, N, C]`.
+
+        If there are blocks before that one, its temporal embedding is still to be added. These know
+        nothing of other frames; where they are frozen, autograd does not follow them.
+        """
+        if torch.is_grad_enabled() and self._has_frozen_start(video):
+            with torch.no_grad():
+                return self.image_tokens(video)
+        x = self.embed(video)
+        for block in self.transformer.resblocks[: self.config.adapt_from]:
+            x = block(x)
+        return x
+
+    def _has_frozen_start(self, video: Tensor) -> bool:
+        """Whether there are blocks before the adapted ones, and nothing until then is trained."""
+        if not self.config.adapt_from or video.requires_grad:
+            return False
+        return not any(p.requires_grad for _, p in self.image_parameters())
+
+    def image_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and values of what `image_tokens` reads, but for a temporal embedding."""
+        for name, parameter in self.named_parameters(recurse=False):
+            if name != "temporal_embedding":
+                yield name, parameter
+        for name in ("conv1", "ln_patch", "ln_pre"):
+            if (part := getattr(self, name)) is not None:
+                yield from part.named_parameters(name)
+        for number, block in enumerate(self.transformer.resblocks[: self.config.adapt_from]):
+            yield from block.named_parameters(f"transformer.resblocks.{number}")
+
+    def _adapted(self, x: Tensor, cls_only: bool) -> Tensor:
+        """The last block's output of `x`, which is as from `image_tokens`."""
+        first = self.config.adapt_from
+        return self.transformer(self.timed(x) if first else x, first, cls_only)
+
+    def _read(self, x: Tensor) -> Tensor:
+        """`features` of what `image_tokens` gave."""
         reads_class = self.config.reads_class
-        x = self.ln_post(self.transformer(self.embed(video), cls_only=reads_class))
+        x = self.ln_post(self._adapted(x, cls_only=reads_class))
         if reads_class:
             return x.squeeze(2)
         return self.pool(x) if self.pool else x[:, :, self.config.num_prefix :].mean(2)
 
-    def tokens(self, video: Tensor) -> Tensor:
-        """Normalised `video [B, 3, T, H, W]` -> all tokens of the last block, `[B, T, N, C]`."""
-        return self.transformer(self.embed(video))
+    def timed(self, x: Tensor) -> Tensor:
+        """`x [B, T, N, C]` with the temporal embedding of each frame added."""
+        return x + self.temporal_embedding.to(x.dtype).unsqueeze(1)
 
     def embed(self, video: Tensor) -> Tensor:
         """`video [B, 3, T, H, W]` -> the first block's input, `[B, T, N, C]`.
@@ -106,8 +164,7 @@ class VideoViT(nn.Module, ModelHubMixin):
                 tokens = tokens.to(x.dtype).expand(*x.shape[:2], tokens.numel() // x.shape[-1], -1)
                 x = torch.cat([tokens, x], dim=2)
         x = x + self.positional_embedding.to(x.dtype)
-        x = x + self.temporal_embedding.to(x.dtype).unsqueeze(1)
-        return self.ln_pre(x)
+        return self.ln_pre(x if self.config.adapt_from else self.timed(x))
 
     def freeze(self) -> VideoViT:
         """Leaves the adapters, `temporal_embedding`, `ln_post` and `head` trainable, no others.
@@ -218,11 +275,13 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        blocks = (Block(config.block(number)) for number in range(config.depth))
+        self.resblocks = nn.ModuleList(blocks)
 
-    def forward(self, x: Tensor, cls_only: bool = False) -> Tensor:
-        """`x [B, T, N, C]` -> `[B, T, N, C]`, or `[B, T, 1, C]` if only CLS is asked for."""
-        for block in self.resblocks[:-1]:
+    def forward(self, x: Tensor, first: int = 0, cls_only: bool = False) -> Tensor:
+        """`x [B, T, N, C]`, the input of block `first` -> `[B, T, N, C]` of the last block, or
+        `[B, T, 1, C]` if only CLS is asked for."""
+        for block in self.resblocks[first:-1]:
             x = block(x)
         return self.resblocks[-1](x, cls_only)
 

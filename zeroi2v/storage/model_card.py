@@ -41,6 +41,7 @@ def model_card(config: ModelConfig, files: dict[str, str]) -> str:
         f"{pixels.test_short_side} px",
         "classes": f"{config.num_classes}" + (", names in config.json" if config.labels else ""),
         "frame offset of each head": list(config.head_offsets),
+        "adapted blocks": adapted_blocks(config),
         "weights": "adapted, not merged yet" if config.adapter else "merged or plain: no adapters",
         "recipe": f"as published: {recipe}" if recipe else "none of the published ones",
     }
@@ -67,6 +68,12 @@ def model_card(config: ModelConfig, files: dict[str, str]) -> str:
         "([arXiv 2310.01324](https://arxiv.org/abs/2310.01324)).",
     ]
     return "\n".join(lines)
+
+
+def adapted_blocks(config: ModelConfig) -> str:
+    """Which blocks have adapters and shifted heads, or had before they were merged."""
+    first, last = config.adapt_from, config.depth - 1
+    return f"{first} to {last}, after those of the image model" if first else f"all {last + 1}"
 
 
 def _parsed(name: str, text: str) -> dict[str, Any]:

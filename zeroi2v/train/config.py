@@ -37,6 +37,7 @@ FREE_ON_RESUME = {
     "data.workers",
     "data.timeout",
     "data.cache",
+    "data.cache_tokens",
 }
 
 
@@ -88,6 +89,12 @@ class DataConfig:
     """Names of the images of videos kept as folders of them, as `img_{:05}.jpg`; None: found."""
     shots: int | None = None
     """Training videos of each class, drawn by `run.seed`, to train on; None: all."""
+    clips_per_video: int | None = None
+    """Different clips of a training video, augmentation included, drawn by `run.seed`, which the
+    epochs take in turn; None: every epoch draws anew."""
+    cache_tokens: str | None = None
+    """Folder to keep what the blocks before `model.adapt_from` make of the clips in, so that it is
+    computed once; needs `clips_per_video` and no augmentation."""
 
     def __post_init__(self):
         require(
@@ -105,9 +112,9 @@ class DataConfig:
             "must be in [0, 1]",
             self.max_bad_fraction,
         )
-        require(
-            self.shots is None or self.shots >= 1, "data.shots", "must be at least 1", self.shots
-        )
+        for name in ("shots", "clips_per_video"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"data.{name}", "must be at least 1", value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -247,6 +254,17 @@ class RunConfig:
     """Random augmentation of training clips; None: none at all."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunOptions
+
+    def __post_init__(self):
+        if self.data.cache_tokens is None:
+            return
+        for holds, need in (
+            (self.augment is None, "augment=null: what is changed at random never comes again"),
+            (self.model.adapt_from, "model.adapt_from above 0: no block before 0 is frozen"),
+            (self.data.clips_per_video, "data.clips_per_video: else each epoch has other frames"),
+        ):
+            if not holds:
+                raise ValueError(f"data.cache_tokens needs {need}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, as `load_config` reads them back."""

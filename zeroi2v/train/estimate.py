@@ -26,10 +26,12 @@ from torch import Tensor
 
 from zeroi2v.data.pipeline import processes_here
 from zeroi2v.model.training_block import Memory
+from zeroi2v.model.vit import VideoViT
 from zeroi2v.reparam import DTYPES
 from zeroi2v.train.config import OptimConfig
 from zeroi2v.train.distributed import StopSignals, gather, say
 from zeroi2v.train.engine import build_engine, seed_dropout
+from zeroi2v.train.fill import frozen_start
 from zeroi2v.train.prepare import Job
 
 GB = 1e9
@@ -57,10 +59,14 @@ def estimate(job: Job, signals: StopSignals) -> int:
     optim, loader, world_size = job.config.optim, job.loader, dist.get_world_size()
     clips, passes = optim.clips_at_once(world_size), optim.accumulation(world_size)
     twin = copy.deepcopy(job.model) if dist.get_rank() == 0 else None  # as a run has it
+    first = frozen_start(job) if job.tokens is not None else None
     engine = build_engine(job.model, optim, loader.steps_per_epoch)
     seed_dropout(job.config.run.seed)
     with signals.not_for_children():
         clip, reading = read_clip(job)
+    if first is not None:
+        clip, reading = compute_tokens(job, first, clip, reading)
+        first = None
     start = peak_memory(job.device)
     measure_pass(engine, clip, 1, optim)  # makes the optimizer's state
     memory, seconds = measure(engine, clip, optim)
@@ -110,6 +116,23 @@ def read_clip(job: Job) -> tuple[Tensor, float]:
     if job.val_loader is not None:
         next(job.val_loader.epoch())
     return clip, seconds
+
+
+@torch.no_grad()
+def compute_tokens(job: Job, first: VideoViT, clip: Tensor, reading: float) -> tuple[Tensor, float]:
+    """The tokens of a clip, and the seconds that a batch of them takes to be read.
+
+    Says how long all take to be computed, where a batch of clips takes `reading` seconds.
+    """
+    video, begun = clip.to(job.device, job.tokens.cache.dtype), time.perf_counter()
+    tokens = first.image_tokens(video).cpu()
+    clips = job.tokens.plan.batch_size
+    batch = max(reading, clips * (time.perf_counter() - begun))
+    batches = len(job.tokens.missing()) / clips / dist.get_world_size()
+    say(f"tokens      computed in about {_span(batches * batch)}, before the first step")
+    content, begun = job.tokens.cache.packed(tokens[0]), time.perf_counter()
+    job.tokens.cache.parsed(content, job.tokens.cache.folder)
+    return tokens, clips * (time.perf_counter() - begun)
 
 
 def measure(engine: Any, clip: Tensor, optim: OptimConfig) -> tuple[Cost, Cost]:
@@ -164,12 +187,14 @@ def peak_memory(device: torch.device) -> int:
 
 
 def run_pass(engine: Any, clip: Tensor, count: int, optim: OptimConfig, last: bool = True) -> None:
-    """Forward and backward pass of `count` copies of the clip, and the update at the step's end."""
+    """Forward and backward pass of `count` copies of the clip, or of its tokens `[1, T, N, C]`, and
+    the update at the step's end."""
     video = clip.to(engine.device, DTYPES[optim.precision])
     video = video.expand(count, *clip.shape[1:]).contiguous()
     label = torch.zeros(count, dtype=torch.long, device=engine.device)
     engine.set_gradient_accumulation_boundary(last)
-    engine.backward(F.cross_entropy(engine(video).float(), label))
+    logits = engine(video, is_tokens=video.ndim == 4)
+    engine.backward(F.cross_entropy(logits.float(), label))
     engine.step()
     if engine.device.type == "cuda":
         torch.cuda.synchronize()

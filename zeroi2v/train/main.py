@@ -67,6 +67,7 @@ from zeroi2v.train.engine import (
     update,
 )
 from zeroi2v.train.estimate import estimate
+from zeroi2v.train.fill import fill
 from zeroi2v.train.log import RunLog, cut_log
 from zeroi2v.train.prepare import Job, check_root, prepare, with_classes
 from zeroi2v.train.report import write_report
@@ -93,7 +94,10 @@ def main(argv: list[str]) -> None:
                 say(yaml.safe_dump(config.to_dict(), sort_keys=False))
             job = together(lambda: prepare(config, device, None if args.dry_run else keep))
             with StopSignals(patience=1 if args.dry_run else 5) as signals:
-                status = estimate(job, signals) if args.dry_run else Trainer(job, signals).run()
+                if args.dry_run:
+                    status = estimate(job, signals)
+                else:
+                    status = fill(job, signals) or Trainer(job, signals).run()
                 wait_for_all()
     finally:
         end_children()
@@ -253,7 +257,7 @@ class Trainer:
             waited += time.perf_counter() - asked
             video = batch.video.squeeze(1).to(self.job.device, self.dtype, non_blocking=True)
             target = batch.target.to(self.job.device, non_blocking=True)
-            logits = engine(video).float()
+            logits = engine(video, is_tokens=self.job.tokens is not None).float()
             loss = F.cross_entropy(logits, target, label_smoothing=self.optim.label_smoothing)
             losses.append(loss.detach())
             if number == self.accumulation:  # it is there before this backward pass has ended
@@ -396,7 +400,7 @@ def predict(
 
 def micro_batches(job: Job, step: int, signals: StopSignals) -> Iterator[Batch]:
     """The training batches from optimizer step `step` on, epoch after epoch."""
-    loader = job.loader
+    loader = job.tokens or job.loader
     while True:
         epoch, start = divmod(step, loader.steps_per_epoch)
         batches = loader.epoch(epoch, start_step=start)

@@ -27,6 +27,7 @@ from zeroi2v.model.vit import Block, VideoViT
 from zeroi2v.train.config import DataConfig, OptimConfig, RunConfig, differences, load_config
 from zeroi2v.train.distributed import cores_per_process, first_alone, say, together
 from zeroi2v.train.state import clear_leftovers, lock_folder, read_record, read_tag
+from zeroi2v.train.tokens import TokenLoader, token_loader
 
 
 @dataclass
@@ -42,6 +43,8 @@ class Job:
     val_samples: list[Sample]
     record: dict[str, Any] | None
     """The record of the state to resume from; None for a new run."""
+    tokens: TokenLoader | None
+    """What is trained on instead of `loader`, if `data.cache_tokens` is given."""
 
 
 def prepare(config: RunConfig, device: torch.device, keep: ExitStack | None) -> Job:
@@ -88,6 +91,7 @@ def prepare(config: RunConfig, device: torch.device, keep: ExitStack | None) -> 
         accumulation=accumulation,
         seed=config.run.seed,
         decoder=data.decoder,
+        clips=data.clips_per_video,
         **shared,
     )
     val_loader = ViewLoader(val_samples, video, **shared) if val_samples else None
@@ -104,6 +108,7 @@ def prepare(config: RunConfig, device: torch.device, keep: ExitStack | None) -> 
     model.set_memory(optim.memory)
     if optim.zero_stage == 3:
         gather_blocks_whole(model)
+    tokens = token_loader(config, model, loader)
 
     steps = optim.epochs * loader.steps_per_epoch
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -140,7 +145,9 @@ def prepare(config: RunConfig, device: torch.device, keep: ExitStack | None) -> 
     if device.type == "cpu" and optim.precision == "bf16" and not cpu_has_bf16():
         say("note        this CPU has no bf16 and emulates it: optim.precision=fp32 is faster")
     say(f"decoder     {loader.decoder}")
-    return Job(config, device, model, loader, val_loader, samples, val_samples, record)
+    if tokens is not None:
+        say(f"tokens      {tokens.size()}")
+    return Job(config, device, model, loader, val_loader, samples, val_samples, record, tokens)
 
 
 def cpu_has_bf16() -> bool:

@@ -30,7 +30,7 @@ from zeroi2v.drawing.figures import draw_confusion
 from zeroi2v.files import check_writable, write_whole
 from zeroi2v.model.vit import VideoViT
 from zeroi2v.storage.checkpoint import read_config
-from zeroi2v.storage.model_card import published_recipe
+from zeroi2v.storage.model_card import adapted_blocks, published_recipe
 from zeroi2v.train.compare import compare
 from zeroi2v.train.config import RunConfig, load_config
 from zeroi2v.train.log import PLOTS, draw_plots, read_log
@@ -231,11 +231,13 @@ def _facts(config: RunConfig, model: ModelConfig, log: list[dict[str, Any]]) -> 
         f"heads; frozen weights from {config.model.backbone or 'NOWHERE: they are random'}",
         "input": f"{model.num_frames} frames of {model.image_size} x {model.image_size} pixels, "
         f"{sampling}",
-        "heads that read another frame": f"{len(shifted)} of {model.num_heads} in each block, "
-        f"by {', '.join(shifted)} frames" if shifted else "none",
+        "heads that read another frame": f"{len(shifted)} of {model.num_heads} in each adapted "
+        f"block, by {', '.join(shifted)} frames" if shifted else "none",
+        "adapted blocks": adapted_blocks(model),
         "trained parameters": f"{trained:,} of {total:,} ({100 * trained / total:.1f} %)",
         "training videos": f"{config.data.train_list}{epoch}"
-        + (f", {config.data.shots} videos of each class" if config.data.shots else ""),
+        + (f", {config.data.shots} videos of each class" if config.data.shots else "")
+        + (f", {config.data.clips_per_video} clips of each" if config.data.clips_per_video else ""),
         "validation videos": str(config.data.val_list or "none"),
         "classes": f"{model.num_classes}",
         "optimizer": f"AdamW, learning rate {optim.lr:g}, weight decay {optim.weight_decay:g}, "

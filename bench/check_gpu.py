@@ -102,6 +102,7 @@ _KERNELS = tuple(
         "layouts",
         "norm",
         "activation",
+        "quantize",
         "rotary",
         "adapter_linear",
         "kernel_proof",

@@ -10,6 +10,7 @@ import torch
 import triton
 from zeroi2v_kernels import activation, norm, stdha_launch
 from zeroi2v_kernels import adapter_linear_triton as adapter_linear
+from zeroi2v_kernels import quantize_triton as quantize
 from zeroi2v_kernels import rotary_triton as rotary
 
 
@@ -28,7 +29,8 @@ class Case(NamedTuple):
 
 def cases(arch: int) -> list[Case]:
     """All that is shipped for compute capability `arch`, such as 90."""
-    return [*attention(arch), *adapter(arch), *activations(), *norms(), *rotations()]
+    found = [*attention(arch), *adapter(arch), *activations(), *norms(), *rotations()]
+    return [*found, *quantizations()] if arch >= 90 else found  # there are no float8 units on 80
 
 
 def attention(arch: int) -> Iterator[Case]:
@@ -166,5 +168,18 @@ def rotations() -> Iterator[Case]:
             types=dict(x_ptr=f"*{element}", table_ptr="*fp32", num_rows="i32"),
             constants=constants,
             options=dict(num_warps=rotary.WARPS),
+            tensor_cores=False,
+        )
+
+
+def quantizations() -> Iterator[Case]:
+    for width, element in product(quantize.WIDTHS, ("bf16", "fp16", "fp32")):
+        types = dict(x_ptr=f"*{element}", out_ptr="*fp8e4nv", scale_ptr="*fp32", num_rows="i32")
+        yield Case(
+            name=f"quantize rows C={width} {element}",
+            kernel=quantize._quantize_kernel,
+            types=types,
+            constants=quantize.constants_of(width),
+            options=dict(num_warps=quantize.WARPS),
             tensor_cores=False,
         )

@@ -46,13 +46,14 @@ def everything() -> list[tuple[int, int]]:
 
 
 def sample() -> list[tuple[int, int]]:
-    """Each case for one of the architectures, in turns that do not follow those of the kernels."""
-    count = len(ARCHITECTURES)
-    return [
-        (arch, index)
-        for arch, index in everything()
-        if ARCHITECTURES[(index + index // count) % count] == arch
-    ]
+    """Each case for one of its architectures, in turns that do not follow those of the kernels."""
+    having: dict[int, list[int]] = {}
+    for arch, index in everything():
+        having.setdefault(index, []).append(arch)
+    return sorted(
+        (archs[(index + index // len(archs)) % len(archs)], index)
+        for index, archs in having.items()
+    )
 
 
 def one_of_each() -> list[tuple[int, int]]:

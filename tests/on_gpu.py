@@ -22,6 +22,9 @@ from models import FAMILIES, build, family_config, small_config
 from training import assert_same_run, command, environment, finish, make_data
 from training import weights as weights_of
 from videos import numbered_frame, write_numbered, write_video
+from zeroi2v_kernels import choice
+from zeroi2v_kernels.quantize import quantize_rows
+from zeroi2v_kernels.quantize_reference import UNIT, quantize_rows_reference
 
 from zeroi2v import cli, evaluate, export, inference, merge, predict, reparam
 from zeroi2v.config import ModelConfig
@@ -31,6 +34,7 @@ from zeroi2v.data.clip_worker import ClipSource
 from zeroi2v.data.colours import MATRIX_TAGS
 from zeroi2v.data.pipeline import ClipLoader
 from zeroi2v.model.attention import set_backend
+from zeroi2v.model.fp8 import fp8_linear, quantized
 from zeroi2v.storage.checkpoint import load
 from zeroi2v.train.log import read_log
 
@@ -159,6 +163,46 @@ def test_model_accelerated_gives_the_same_bits(dtype, caplog):
         del model, one, graphs
         assert torch.cuda.memory_allocated() < before, "a deleted model keeps its memory"
     left_out("CUDA graphs of an accelerated model")
+
+
+@torch.no_grad()
+def test_model_in_float8_computes_the_reference():
+    """Rounding is the same bit for bit, products but for their sums, models but for bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(197, 768, generator=generator).bfloat16()
+    x[:, [5, 99]] *= 100
+    weight, scale = quantize_rows(torch.randn(2304, 768, generator=generator))
+    bias = torch.randn(2304, generator=generator).bfloat16()
+    for one, other in zip(quantize_rows_reference(x), quantize_rows(x.to(DEVICE)), strict=True):
+        assert torch.equal(one.float(), other.cpu().float())
+    given = (x, weight, scale.squeeze(-1), bias)
+    expected = fp8_linear(*given).double()
+    found = fp8_linear(*(tensor.to(DEVICE) for tensor in given)).cpu().double()
+    values, factors = (part.double() for part in quantize_rows(x))
+    terms = (values.abs() @ weight.double().abs().T) * factors * scale.T.double()
+    # float8 units align products to 13 bits and add them in float32; both results are stored
+    limit = 2.0**-12 * terms + 2 * torch.finfo(torch.bfloat16).eps * expected.abs()
+    print(f"product: {((found - expected).abs() / limit).max():.2f} of its limit")
+    assert ((found - expected).abs() <= limit).all()
+
+    changes = dict(num_frames=4, width=12 * 64, depth=2, image_size=64)
+    config = ModelConfig.from_dict(small_config("vit_b16_k400_8x16").to_dict() | changes)
+    merged = merge(build(config))
+    here, model = quantized(merged), quantized(merged).to(DEVICE)
+    video = torch.randn(2, 3, 4, 64, 64, generator=generator).bfloat16()
+    eager = model(video.to(DEVICE))
+    ways = {"reference": here(video), "cast": copy.deepcopy(model).float()(video.to(DEVICE))}
+    if HAS_GPU:
+        assert torch.equal(copy.deepcopy(model).accelerate(2)(video.to(DEVICE)), eager)
+        ways["compiled"] = torch.compile(model)(video.to(DEVICE))
+    errors = {name: apart(output.cpu(), eager.cpu()) for name, output in ways.items()}
+    print({name: f"{error:.1e}" for name, error in errors.items()})
+    # where bfloat16 rounds otherwise, some numbers are rounded to the next e4m3 number
+    assert all(error < UNIT for error in errors.values()), errors
+    assert reparam.verify(merged.to(DEVICE), model, video.float()).passed
+    if HAS_GPU:
+        assert choice.has_fp8_units(torch.device(DEVICE)), "no float8 units were tried"
+    left_out("torch._scaled_mm on float8 units", "a CUDA graph and torch.compile of float8")
 
 
 class Asking(torch.nn.Module):

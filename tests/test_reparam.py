@@ -178,7 +178,7 @@ def test_command_merges_and_proves_on_the_gpu_if_there_is_one(tmp_path, monkeypa
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
         monkeypatch.setattr(VideoViT, "forward", watched)
-        monkeypatch.setattr(module, "load", lambda _folder: VideoViT(config).eval())
+        monkeypatch.setattr(module, "load", lambda _folder, widen: VideoViT(config).eval())
         monkeypatch.setattr(module, "save", lambda *given: saved.append(given))
         main([str(tmp_path / "adapted"), "--out", str(tmp_path / "merged"), "--dtype", "bf16"])
     expected = {("cuda", d, m) for d in (torch.float64, torch.bfloat16) for m in (True, False)}

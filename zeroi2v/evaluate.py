@@ -100,6 +100,7 @@ def main(argv: list[str]) -> None:
 
     name = model_folder(source) if native else source
     kind = ("adapted" if config.adapter else "merged or plain") if native else "deployed"
+    kind += ", float8" if native and model.fp8 else ""
     print(f"model        {name} ({kind})")
     print(f"views        {views[0]} clips x {views[1]} crops, softmax averaged")
     for line in occurrence((s.label for s in samples), config.num_classes, config.labels):

@@ -69,7 +69,7 @@ def export(
     """Writes `model` to `path`; the file is compared with the model before it gets that name.
 
     Args:
-        model: merged or plain, on the CPU; left untouched.
+        model: merged or plain, not in float8, on the CPU; left untouched.
         format: `onnx`, `torch-export` or `clip`.
         path: file to write, with one of the format's suffixes in `FORMATS`.
         dtype: of the weights; that of the model by default.
@@ -79,7 +79,8 @@ def export(
         The comparison with the fp32 model; None for `clip`, whose tensors are read back bit-equal.
 
     Raises:
-        ValueError: adapters that are not merged, a wrong suffix, or a file that differs.
+        ValueError: adapters that are not merged, float8 weights, a wrong suffix, or a file that
+            differs.
         OSError: `path` can't be written.
     """
     path = check_export_path(format, path)
@@ -100,6 +101,11 @@ def export(
         )
     if model.config.adapter is not None:
         raise ValueError("model must be merged: it has adapters")
+    if model.fp8:
+        raise ValueError(
+            "model must have wide weights to be exported: its blocks have float8; "
+            "export the model that it was made of"
+        )
     if format == "clip":
         _check_clip(model.config)
     model = copy.deepcopy(model).to(dtype).eval()
@@ -358,7 +364,7 @@ def main(argv: list[str]) -> None:
 
     source = model_folder(args.model)
     path = check_export_path(args.format, args.out)
-    model = load(source)
+    model = load(source, widen=False)
     if model.config.adapter is not None:
         merged = merge(model)
         report = verify(model, merged, seeded_clips(model))

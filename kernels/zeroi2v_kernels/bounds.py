@@ -18,6 +18,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from zeroi2v_kernels.quantize_reference import LARGEST, SMALLEST, UNIT
+
 Bounded = tuple[Tensor, Tensor]
 """A true value and the largest error allowed, element by element, both float64."""
 
@@ -165,6 +167,14 @@ def rotated(x: Tensor, table: Tensor, parts: int, back: bool) -> Bounded:
     out[at] = turned
     error[at] = 3 * _U32 * torch.cat(terms, -1)
     return _stored(out, error, x.dtype)
+
+
+def quantized(x: Tensor) -> list[Bounded]:
+    """Of the values and scales of `quantize_rows`: half a step of e4m3 numbers."""
+    scale = (x.double().abs().amax(-1, keepdim=True) / LARGEST).clamp_min(SMALLEST)
+    values = x.double() / scale
+    steps = torch.maximum(UNIT * values.abs(), torch.full_like(values, UNIT * 2.0**-6))
+    return [(values, (1 + 8 * _U32) * steps), (scale, _MARGIN * _U32 * scale)]
 
 
 def norm(

@@ -10,6 +10,8 @@
       `uses_kernels`
     linear layers           PyTorch (cuBLAS)         oneDNN for inference in        PyTorch
       `on_onednn`                                    float32, else PyTorch
+    float8 linear layers    PyTorch (cuBLAS) from    float32 of float8 values likewise
+      `on_fp8_units`        Ada and Hopper on
     patch embedding         a matrix product, not    PyTorch's convolution          likewise
       `patches_by_product`  exported
     a block whose backbone  our block, known head    our block                      PyTorch's
@@ -23,6 +25,7 @@ proof on a device (`proof.py`).
 
 from __future__ import annotations
 
+import functools
 from importlib.util import find_spec
 
 import torch
@@ -82,6 +85,26 @@ def on_onednn(x: Tensor) -> bool:
         return False
     fits = x.dtype == torch.float32 and x.device.type == "cpu"
     return fits and not torch.is_autocast_enabled("cpu")
+
+
+def on_fp8_units(x: Tensor) -> bool:
+    """True if the device of `x` multiplies e4m3 matrices; not in an exported program."""
+    return x.is_cuda and has_fp8_units(x.device) and not exporting()
+
+
+def has_fp8_units(device: torch.device) -> bool:
+    """True for NVIDIA's GPUs of compute capability 8.9 on: Ada, Hopper, Blackwell."""
+    return _look_for_fp8(device) if torch.compiler.is_compiling() else _known_fp8(device)
+
+
+def _look_for_fp8(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.cuda is None or not torch.cuda.is_available():
+        return False
+    found = torch.cuda.get_device_properties(device)
+    return (found.major, found.minor) >= (8, 9)
+
+
+_known_fp8 = functools.cache(_look_for_fp8)  # which a compiler does not look into
 
 
 def trains_by_block(x: Tensor, num_heads: int, backend: str | None) -> bool:

@@ -14,11 +14,12 @@ from zeroi2v_kernels import (
     adapter_linear_triton,
     norm,
     proof,
+    quantize_triton,
     rotary_triton,
     stdha_launch,
 )
 
-MODULES = (stdha_launch, adapter_linear_triton, activation, norm, rotary_triton)
+MODULES = (stdha_launch, adapter_linear_triton, activation, norm, rotary_triton, quantize_triton)
 
 
 def prove_shipped(

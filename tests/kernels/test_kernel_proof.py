@@ -300,7 +300,8 @@ def test_what_is_proven_on_a_device_covers_every_kernel():
     for part in ("forward_resident", "forward_streamed", "backward_fused", "backward_query+"
                  "backward_key_value", "adapter forward", "adapter backward", "adapter dropout",
                  "quick_gelu backward", "gelu forward", "layer norm forward",
-                 "layer norm backward", "D=128", "N=577", "M=1 N=50", "H=16"):  # fmt: skip
+                 "layer norm backward", "quantize rows", "D=128", "N=577", "M=1 N=50",
+                 "H=16"):  # fmt: skip
         assert part in names, part
 
 

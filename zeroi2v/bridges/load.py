@@ -95,7 +95,10 @@ def load_backbone(model: VideoViT, path: str | Path) -> list[str]:
         path = path.parent
     folders = [path, path / "best", path / "last"]  # of a model, of a run
     if (folder := next(filter(is_native, folders), None)) is not None:
-        image, notes = load(folder), []
+        image, notes = load(folder, widen=False), []
+        if image.fp8:
+            rule = "must have wide weights to be trained: its blocks have float8"
+            raise ValueError(f"backbone {path} {rule}")
     else:
         image, notes = load_image(path, ours)
     is_trained, kept = image.config.adapter is not None, ("temporal_embedding", "head.")

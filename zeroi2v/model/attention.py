@@ -9,11 +9,12 @@ from zeroi2v_kernels.stdha import BACKENDS, stdha, stdha_split
 
 from zeroi2v.config import ModelConfig, RotaryConfig
 from zeroi2v.model.adapter import LinearAdapter
+from zeroi2v.model.fp8 import FP8Weights
 from zeroi2v.model.linear import Linear, linear
 from zeroi2v.model.norm import Norm
 
 
-class STDHA(nn.Module):
+class STDHA(FP8Weights):
     """Self-attention within frames; head h reads keys and values `head_offsets[h]` frames on.
 
     Parameters carry the names of `nn.MultiheadAttention`, as CLIP's do. With adapters the input
@@ -36,6 +37,7 @@ class STDHA(nn.Module):
         self.head_offsets = config.head_offsets
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.register_buffer("in_proj_weight_scale", None)  # beside a weight in e4m3
         self.rotary = Rotary(config.rotary, config) if config.rotary else None
         self.ln = Norm(width, config) if config.norm_attended else None
         self.out_proj = Linear(width, width)
@@ -64,16 +66,18 @@ class STDHA(nn.Module):
         For the CLS token alone its query `[B, T, 1, H, D]`, and keys and values
         `[B, T, N, 2, H, D]`. Queries and keys are turned by rotary positions, if the model has any.
         """
+        scale = self.in_proj_weight_scale
         if cls_only:
             width = x.shape[-1]
             sizes = (width, 2 * width)
             weights, biases = self.in_proj_weight.split(sizes), self.in_proj_bias.split(sizes)
-            query = linear(x[:, :, :1], weights[0], biases[0])
-            key_value = linear(x, weights[1], biases[1])
+            scales = (None, None) if scale is None else scale.split(sizes)
+            query = linear(x[:, :, :1], weights[0], biases[0], scales[0])
+            key_value = linear(x, weights[1], biases[1], scales[1])
             query = query.unflatten(-1, (self.num_heads, -1))
             key_value = key_value.unflatten(-1, (2, self.num_heads, -1))
             return query, self.rotary(key_value, 1) if self.rotary else key_value
-        qkv = linear(x, self.in_proj_weight, self.in_proj_bias)
+        qkv = linear(x, self.in_proj_weight, self.in_proj_bias, scale)
         qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
         return self.rotary(qkv, 2) if self.rotary else qkv
 

@@ -26,7 +26,7 @@ from zeroi2v.config import AdapterConfig, ModelConfig
 from zeroi2v.model.adapter import LinearAdapter
 from zeroi2v.model.attention import STDHA
 from zeroi2v.model.graphs import Graphs, can_replay
-from zeroi2v.model.linear import Linear, ScaledLinear
+from zeroi2v.model.linear import Linear, ScaledLinear, linear
 from zeroi2v.model.norm import Norm
 from zeroi2v.model.training_block import Memory, can_train, training_block
 
@@ -166,11 +166,18 @@ class VideoViT(nn.Module, ModelHubMixin):
         x = x + self.positional_embedding.to(x.dtype)
         return self.ln_pre(x if self.config.adapt_from else self.timed(x))
 
+    @property
+    def fp8(self) -> bool:
+        """Whether the weights of the blocks are float8, for inference alone (`model/fp8.py`)."""
+        return self.transformer.resblocks[0].attn.in_proj_weight_scale is not None
+
     def freeze(self) -> VideoViT:
         """Leaves the adapters, `temporal_embedding`, `ln_post` and `head` trainable, no others.
 
-        From now on blocks are differentiated by the training block (`set_memory`).
+        From now on blocks are differentiated by the training block (`set_memory`). Raises
+        ValueError for float8 weights.
         """
+        self._check_trainable()
         for name, parameter in self.named_parameters():
             top = name.split(".")[0]
             parameter.requires_grad = (
@@ -184,13 +191,18 @@ class VideoViT(nn.Module, ModelHubMixin):
         """Chooses what a block keeps for backward: much, `save`; `lean`; or little, `recompute`.
 
         The block is then `training_block.py`, as long as its backbone is frozen. Raises ValueError
-        for other policies.
+        for other policies, and for float8 weights.
         """
+        self._check_trainable()
         if memory not in get_args(Memory):
             raise ValueError(f"memory must be one of {', '.join(get_args(Memory))}: got {memory!r}")
         for block in self.transformer.resblocks:
             block.memory = memory
         return self
+
+    def _check_trainable(self) -> None:
+        if self.fp8:
+            raise ValueError("model must have wide weights to be trained: its blocks have float8")
 
     def accelerate(self, *batches: int) -> VideoViT:
         """Has inference on a GPU launched as CUDA graphs: few clips then don't wait for the host.
@@ -335,7 +347,7 @@ class MLP(nn.Module):
         if choice.uses_kernels(x):
             from zeroi2v_kernels.activation import bias_activation
 
-            hidden = F.linear(x, self.c_fc.weight)
+            hidden = linear(x, self.c_fc.weight, weight_scale=self.c_fc.weight_scale)
             hidden = bias_activation(hidden, self.c_fc.bias, self.activation)
         elif self.activation_scale is None:
             hidden = activate(self.c_fc(x), self.activation)

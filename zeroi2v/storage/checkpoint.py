@@ -8,23 +8,31 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from zeroi2v_kernels.choice import has_fp8_units
 
 from zeroi2v.config import ModelConfig
 from zeroi2v.files import check_writable, replacing
+from zeroi2v.model.fp8 import E4M3, SCALE, reserve, widened
 from zeroi2v.model.vit import VideoViT
 from zeroi2v.storage.model_card import ORIGINS, model_card
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+FP8 = "float8_e4m3fn"
+"""What `weights` in `config.json` says of a model with float8 weights in its blocks."""
+
+log = logging.getLogger(__name__)
 
 
 def save(model: VideoViT, folder: str | Path, extra_files: dict[str, str] | None = None) -> None:
@@ -44,9 +52,10 @@ def save(model: VideoViT, folder: str | Path, extra_files: dict[str, str] | None
     state = {
         name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
     }
-    config = {"format": "zeroi2v", "model": model.config.to_dict()}
+    kind = {"weights": FP8} if model.fp8 else {}
+    config = {"format": "zeroi2v", **kind, "model": model.config.to_dict()}
     extra_files = model.origins | (extra_files or {})
-    card = model_card(model.config, extra_files)
+    card = model_card(model.config, extra_files, model.fp8)
     files = {CONFIG: json.dumps(config, indent=2), CARD: card, **extra_files}
     with replacing(folder) as temporary:
         try:
@@ -81,28 +90,54 @@ def fetch(name: str | Path, **download) -> Path:
         raise OSError(f"{name} is no folder here, and the hub can't give it ({reason})") from None
 
 
-def load(folder: str | Path) -> VideoViT:
+def load(folder: str | Path, widen: bool | None = None) -> VideoViT:
     """The model in `folder`, on the CPU, in its saved dtype and in eval mode.
 
+    Args:
+        folder: a native folder.
+        widen: whether a model with float8 weights is given `widened`; None: where this machine has
+            no GPU with float8 units, which is logged.
     Raises:
         OSError: no such folder or file.
         ValueError: a file is damaged, or the config contradicts the tensors.
     """
     folder = Path(folder)
-    config = read_config(folder)
-    state = _read_tensors(folder / WEIGHTS)
+    values, path = _read_json(folder), folder / CONFIG
     with torch.device("meta"):
-        model = VideoViT(config)
+        model = VideoViT(_config_of(values, path))
+    if (kind := values.get("weights")) is not None:
+        if kind != FP8:
+            raise ValueError(f'{path}: weights must be "{FP8}" or left out: got {kind!r}')
+        try:
+            reserve(model)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    state = _read_tensors(folder / WEIGHTS)
     check_state(state, dict(model.state_dict()), f"{folder / WEIGHTS}")
     model.load_state_dict(state, assign=True)
     origins = (folder / name for name in ORIGINS)
     model.origins = {f.name: f.read_text("utf-8", "replace") for f in origins if f.is_file()}
-    return model.eval()
+    if model.fp8 and widen is None and not has_fp8_units(torch.device("cuda")):
+        log.warning("%s has float8 weights, and no GPU here has float8 units: widened", folder)
+        widen = True
+    return widened(model) if model.fp8 and widen else model.eval()
 
 
 def read_config(folder: str | Path) -> ModelConfig:
     """The `ModelConfig` in `folder`'s `config.json`. Raises as `load`."""
     folder = Path(folder)
+    return _config_of(_read_json(folder), folder / CONFIG)
+
+
+def _config_of(values: dict[str, Any], path: Path) -> ModelConfig:
+    try:
+        return ModelConfig.from_dict(values.get("model"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
+    """The content of the `config.json` in `folder`."""
     if not folder.is_dir():
         raise FileNotFoundError(f"model folder not found: {folder}")
     path = folder / CONFIG
@@ -114,10 +149,7 @@ def read_config(folder: str | Path) -> ModelConfig:
         raise ValueError(f"{path} must be JSON: {error}") from None
     if not isinstance(values, dict) or values.get("format") != "zeroi2v":
         raise ValueError(f'{path} must have "format": "zeroi2v"')
-    try:
-        return ModelConfig.from_dict(values.get("model"))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    return values
 
 
 def model_folder(path: str | Path) -> Path:
@@ -176,7 +208,10 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_state(state: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> None:
-    """Raises ValueError unless `state` has the names and shapes of `expected`, in finite floats."""
+    """Raises ValueError unless `state` has the names and shapes of `expected`, in finite floats.
+
+    Float8 is asked for and given at the same places; scales are float32 and positive.
+    """
     if missing := [name for name in expected if name not in state]:
         raise ValueError(f"{where} lacks {_some(missing)}, which its config asks for")
     if unexpected := [name for name in state if name not in expected]:
@@ -187,10 +222,18 @@ def check_state(state: dict[str, Tensor], expected: dict[str, Tensor], where: st
                 f"{where}: {name} has shape {list(state[name].shape)}, "
                 f"its config asks for {list(tensor.shape)}"
             )
-        if not state[name].is_floating_point():
-            raise ValueError(f"{where}: {name} must be floating point: got {state[name].dtype}")
-        if not all(map(math.isfinite, state[name].aminmax())):  # nan comes through
+        dtype, is_scale = state[name].dtype, name.endswith(SCALE)
+        if not dtype.is_floating_point:
+            raise ValueError(f"{where}: {name} must be floating point: got {dtype}")
+        if (dtype.itemsize == 1 or tensor.dtype == E4M3 or is_scale) and dtype != tensor.dtype:
+            what = tensor.dtype if tensor.dtype == E4M3 or is_scale else "16 bits wide at least"
+            raise ValueError(f"{where}: {name} must be {what}: got {dtype}")
+        values = state[name].float() if dtype == E4M3 else state[name]
+        low, high = map(float, values.aminmax())  # nan comes through
+        if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError(f"{where}: {name} must be finite: it contains inf or nan")
+        if is_scale and low <= 0:
+            raise ValueError(f"{where}: {name} must be positive: got {low:g}")
 
 
 def _some(names: Iterable[str]) -> str:

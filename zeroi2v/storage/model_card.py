@@ -15,10 +15,11 @@ _FREE = {"image_size", "adapter", "head_dropout", "preprocess", "labels"}
 """Fields in which a model may differ from a recipe and be called by its name."""
 
 
-def model_card(config: ModelConfig, files: dict[str, str]) -> str:
+def model_card(config: ModelConfig, files: dict[str, str], fp8: bool = False) -> str:
     """Markdown with the hub's header, for a model of `config` with `files` (name -> text) beside.
 
-    Raises ValueError if one of `ORIGINS` is not JSON.
+    `fp8` says whether its blocks have float8 weights. Raises ValueError if one of `ORIGINS` is not
+    JSON.
     """
     pixels = config.preprocess
     sampling = f"dense, every {pixels.interval} frames" if pixels.sampling == "dense" else "uniform"
@@ -42,7 +43,8 @@ def model_card(config: ModelConfig, files: dict[str, str]) -> str:
         "classes": f"{config.num_classes}" + (", names in config.json" if config.labels else ""),
         "frame offset of each head": list(config.head_offsets),
         "adapted blocks": adapted_blocks(config),
-        "weights": "adapted, not merged yet" if config.adapter else "merged or plain: no adapters",
+        "weights": ("adapted, not merged yet" if config.adapter else "merged or plain: no adapters")
+        + ("; float8 (e4m3) in the blocks, a scale for each row" if fp8 else ""),
         "recipe": f"as published: {recipe}" if recipe else "none of the published ones",
     }
     rows |= _origins({name: _parsed(name, files[name]) for name in ORIGINS if name in files})

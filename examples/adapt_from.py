@@ -51,7 +51,7 @@ def main() -> None:
         return
     print("\n| first adapted block of 12 | step | from tokens |\n|---|---|---|")
     for first, (pixels, tokens) in time_steps(args.rounds).items():
-        print(f"| {first} | {pixels:.2f} | {f'{tokens:.2f}' if first else ''} |")
+        print(f"| {first} | {pixels} | {tokens} |")
 
 
 def clips(config: ModelConfig, count: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -113,10 +113,10 @@ def train_video(config: ModelConfig, image: VideoViT, seed: int) -> float:
         return 100 * (model.eval()(video).argmax(1) == label).double().mean().item()
 
 
-def time_steps(rounds: int) -> dict[int, tuple[float, float]]:
+def time_steps(rounds: int) -> dict[int, tuple[str, str]]:
     """Of a ViT-S/16 of 12 blocks by its first adapted block: processor time of a step's forward and
-    backward, as a part of that from block 0 on in the same round, the median of all rounds; with
-    pixels, and with tokens given."""
+    backward, as a part of that from block 0 on in the same round; with pixels, and with tokens
+    given. Each is the median of all rounds, and the quartiles."""
     config = replace(RECIPES["vit_b16_k400_8x16"].model, image_size=112, num_classes=10,
                      width=384, num_heads=6, head_offsets=(-1, 1, 0, 0, 0, 0))  # fmt: skip
     torch.set_num_threads(1)  # whose time is that of the process, whoever else is at work
@@ -135,10 +135,12 @@ def time_steps(rounds: int) -> dict[int, tuple[float, float]]:
     whole = times[0, False][1:]  # the first round warms up
     print(f"from block 0 on: {statistics.median(whole):.2f} s a step", flush=True)
 
-    def part(found: list[float]) -> float:
-        return statistics.median(a / b for a, b in zip(found[1:], whole, strict=True))
+    def part(found: list[float]) -> str:
+        ratios = [a / b for a, b in zip(found[1:], whole, strict=True)]
+        low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        return f"{median:.2f} [{low:.2f}, {high:.2f}]"
 
-    return {k: (part(times[k, False]), part(times[k, True]) if k else 1.0) for k in models}
+    return {k: (part(times[k, False]), part(times[k, True]) if k else "") for k in models}
 
 
 if __name__ == "__main__":

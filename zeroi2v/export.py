@@ -84,6 +84,11 @@ def export(
         OSError: `path` can't be written.
     """
     path = check_export_path(format, path)
+    if model.fp8:
+        raise ValueError(
+            "model must have wide weights to be exported: its blocks have float8; "
+            "export the model that it was made of"
+        )
     dtype = dtype or model.head.weight.dtype
     if format == "onnx" and dtype == torch.bfloat16:
         raise ValueError(
@@ -101,11 +106,6 @@ def export(
         )
     if model.config.adapter is not None:
         raise ValueError("model must be merged: it has adapters")
-    if model.fp8:
-        raise ValueError(
-            "model must have wide weights to be exported: its blocks have float8; "
-            "export the model that it was made of"
-        )
     if format == "clip":
         _check_clip(model.config)
     model = copy.deepcopy(model).to(dtype).eval()

@@ -35,6 +35,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--rounds", type=int, default=7, help="of timed steps (default: 7)")
     args = parser.parse_args()
+    if args.rounds == 1:
+        parser.error("--rounds must be 0 or at least 2, for quartiles: got 1")
     video = replace(load_config("demo", SMALL).model.video, labels=tuple(DIRECTIONS))
     top1: dict[int, list[float]] = {first: [] for first in FIRST} if args.seeds else {}
     for seed in args.seeds:

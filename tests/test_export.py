@@ -110,7 +110,8 @@ def test_vit_of_another_lineage_adapted_in_part_is_exported_like_clip(format, dt
         assert relative(load_deployed(path)(clips), model(clips)) <= (3e-2 if dtype else 1e-4)
 
 
-@pytest.mark.parametrize(("suffix", "dtype"), [("pt2", None), ("onnx", None), ("onnx", "fp16")])
+@pytest.mark.parametrize("dtype", [None, "fp16"])
+@pytest.mark.parametrize("suffix", SIDES.values())
 def test_file_with_its_preprocessing_takes_frames_of_any_size(suffix, dtype, tmp_path):
     """It gives what the model gives on MMAction2's pixels, and `predict` and `evaluate` take it."""
     place = tmp_path / "place"

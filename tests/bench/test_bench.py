@@ -97,9 +97,10 @@ def test_options_of_pytest_benchmark_work(timed_run):
 
 
 def test_wrong_contestant_fails_the_bench_and_leaves_no_figures(tmp_path):
-    output, figures = run_bench(tmp_path, 1, "-k", "product", "--benchmark", "--seconds", "0.1")
-    assert "ours is wrong" in output and "1 failed" in output
-    assert figures is None
+    for options in ([], ["--benchmark", "--seconds", "0.1"]):
+        output, figures = run_bench(tmp_path, 1, "-k", "product", *options)
+        assert "ours is wrong" in output and "1 failed" in output
+        assert figures is None
 
 
 def test_benches_run_without_optional_packages_and_skip_what_needs_them(tmp_path):

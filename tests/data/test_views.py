@@ -11,23 +11,13 @@ import pytest
 import torch
 from deadly_views import DeadlyViews
 from loading import assert_same, config, mmaction2, pixels
-from videos import bad_copies, numbered_samples, write_numbered, write_video
+from videos import write_numbered, write_video
 
 from zeroi2v.data import views
 from zeroi2v.data.annotations import Sample
 from zeroi2v.data.decode import read_frames
 from zeroi2v.data.sampling import dense_indices, uniform_indices
 from zeroi2v.data.views import ViewLoader
-
-
-@pytest.fixture(scope="module")
-def samples(tmp_path_factory) -> list[Sample]:
-    return numbered_samples(tmp_path_factory.mktemp("videos"))
-
-
-@pytest.fixture(scope="module")
-def bad_samples(samples, tmp_path_factory) -> list[Sample]:
-    return bad_copies(samples, tmp_path_factory.mktemp("bad"))
 
 
 @pytest.mark.parametrize("test", [False, True])

@@ -55,7 +55,7 @@ CASES = [  # T, N, D, dtype, head_offsets
     # the real numbers of tokens, and one of the longest
     *((2, 197, 64, dtype, (1, -1)) for dtype in DTYPES),
     *((2, 257, 64, dtype, (1, -1)) for dtype in (BF16, FP16)),
-    (1, 577, 64, BF16, (1,)),
+    *((2, 577, 64, BF16, (0, -1)), (1, 577, 64, FP16, (1,)), (1, 577, 64, FP32, (0,))),
     *((1, 64, 64, BF16, (0,)), (1, 129, 64, BF16, (0,)), (2, 197, 128, FP16, (-1,))),
 ]
 

@@ -10,7 +10,7 @@ SOURCES = {"zeroi2v": ROOT / "zeroi2v", "zeroi2v_kernels": ROOT / "kernels" / "z
 # From the ground up. What is not named here is a command, or `zeroi2v.train` on top of them.
 FLOORS = (
     ("zeroi2v_kernels",),
-    ("zeroi2v.cli", "zeroi2v.config", "zeroi2v.extras", "zeroi2v.files"),
+    ("zeroi2v.cli", "zeroi2v.config", "zeroi2v.extras", "zeroi2v.files", "zeroi2v.processes"),
     ("zeroi2v.model", "zeroi2v.data"),
     ("zeroi2v.bridges", "zeroi2v.storage"),
     ("zeroi2v.inference",),

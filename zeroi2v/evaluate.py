@@ -1,6 +1,7 @@
 """Accuracy of a model on a list of videos.
 
     python -m zeroi2v.evaluate FOLDER --list FILE --root DIR [--views 3x1] [--out JSON]
+    torchrun --nproc_per_node 8 -m zeroi2v.evaluate …       8 GPUs share the list
 
 What can't be decoded is named and left out; more of it than `--max-bad-fraction` is a failure.
 """
@@ -12,12 +13,12 @@ import json
 import re
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
+from torch import Tensor, nn
 
 from zeroi2v.cli import run
 from zeroi2v.data.annotations import Sample, read_list
@@ -35,6 +36,7 @@ from zeroi2v.inference import (
     takes_frames,
 )
 from zeroi2v.model.vit import VideoViT
+from zeroi2v.processes import gather, joined, rank, shared_bar, together, told_once, world_size
 from zeroi2v.storage.checkpoint import fetch, model_folder
 from zeroi2v.storage.runtimes import load_deployed
 
@@ -61,13 +63,46 @@ def main(argv: list[str]) -> None:
         "--out", help="JSON file of the figures; predictions and confusion matrix go beside it"
     )
     args = parser.parse_args(argv)
+    with joined() as device, told_once("start it again"):
+        evaluate(args, device or default_device())
+
+
+def evaluate(args: argparse.Namespace, device: torch.device) -> None:
+    """What `main` does, in every process that shares the list; the first one reports."""
+    job = together(lambda: prepare(args, device))
+    started = time.perf_counter()
+    with shared_bar(len(job.loader.samples), "evaluate") as bar, as_graph(job.model, job.loader):
+        dtype = None if job.is_native else torch.float32  # what deployed models take
+        found = predict_views(job.model, job.loader, device, dtype, bar)
+    parts = gather((*found, job.loader.bad_files))
+    if rank() == 0:
+        report(args, job, parts, time.perf_counter() - started)
+
+
+@dataclass
+class Job:
+    """What an evaluation needs, checked."""
+
+    model: nn.Module
+    source: Path
+    """Where the model is."""
+    loader: ViewLoader
+    """This process's part of the videos."""
+    out: Path | None
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the model is ours, not a deployed file."""
+        return isinstance(self.model, VideoViT)
+
+
+def prepare(args: argparse.Namespace, device: torch.device) -> Job:
+    """Reads model and list. Raises ValueError or OSError for what can't be used."""
     if not 0 <= args.max_bad_fraction <= 1:
         raise ValueError(f"--max-bad-fraction must be in [0, 1]: got {args.max_bad_fraction:g}")
-
-    device = default_device()
     source = fetch(args.model)
     model = load_deployed(source, device)
-    config, native = model.config, isinstance(model, VideoViT)
+    config = model.config
     views = config.preprocess.test_views if args.views is None else parse_views(args.views)
     if takes_frames(model) and views[1] != config.preprocess.test_views[1]:
         raise ValueError(
@@ -82,25 +117,41 @@ def main(argv: list[str]) -> None:
         batch_size=args.batch_size,
         test=True,
         views=views,
+        rank=rank(),
+        world_size=world_size(),
         workers=default_workers(device) if args.workers is None else args.workers,
         device=device,
         whole=takes_frames(model),
     )
+    return Job(model, source, loader, out)
 
-    started = time.perf_counter()
-    bar = tqdm(total=len(samples), desc="evaluate", unit="video", disable=None)
-    with bar, as_graph(model, loader):
-        dtype = None if native else torch.float32  # what deployed models take
-        index, probs = predict_views(model, loader, device, dtype, bar.update)
-    seconds = time.perf_counter() - started
-    for reason in loader.bad_files.values():
+
+def report(
+    args: argparse.Namespace,
+    job: Job,
+    parts: list[tuple[Tensor, Tensor, dict[str, str]]],
+    seconds: float,
+) -> None:
+    """Prints the figures, and writes what `--out` asks for.
+
+    `parts` are index int64 [n], probabilities float32 [n, K] and bad files of each process. Raises
+    ValueError if too many videos are bad.
+    """
+    config, samples, views = job.model.config, job.loader.samples, job.loader.views
+    indices, probs, bad = zip(*parts, strict=True)
+    index, order = torch.cat(indices).sort()
+    probs = torch.cat(probs)[order]
+    reasons = {name: reason for part in bad for name, reason in part.items()}
+    undecodable = {s.name: reasons[s.name] for s in samples if s.name in reasons}
+    for reason in undecodable.values():
         print(f"can't be decoded: {reason}")
     figures = metrics(probs, torch.tensor([s.label for s in samples])[index])
-    undecodable = len(samples) - figures["n"]
+    missing = len(samples) - figures["n"]
 
-    name = model_folder(source) if native else source
-    kind = ("adapted" if config.adapter else "merged or plain") if native else "deployed"
-    kind += ", float8" if native and model.fp8 else ""
+    name, kind = job.source, "deployed"
+    if job.is_native:
+        name, kind = model_folder(name), "adapted" if config.adapter else "merged or plain"
+        kind += ", float8" if job.model.fp8 else ""
     print(f"model        {name} ({kind})")
     print(f"views        {views[0]} clips x {views[1]} crops, softmax averaged")
     for line in occurrence((s.label for s in samples), config.num_classes, config.labels):
@@ -108,29 +159,30 @@ def main(argv: list[str]) -> None:
     if others := left_out(args.list):
         print(f"no videos    {some(others)}")
     print(f"videos       {figures['n']} in {seconds:.1f} s", end="")
-    print(f"; {undecodable} undecodable, left out of the accuracy" if undecodable else "")
+    print(f" by {len(parts)} processes" if len(parts) > 1 else "", end="")
+    print(f"; {missing} undecodable, left out of the accuracy" if missing else "")
     for key, title in (("top1", "top-1"), ("top5", "top-5"), ("mean_class", "mean class")):
         if figures[key] is not None:
             print(f"{title:<12} {figures[key]:6.2f} %")
     print(f"loss         {figures['loss']:6.3f}")
-    if out is not None:
-        write_predictions(beside(out, "predictions.jsonl"), samples, index, probs, loader.bad_files)
+    if (out := job.out) is not None:
+        write_predictions(beside(out, "predictions.jsonl"), samples, index, probs, undecodable)
         draw_confusion(beside(out, "confusion.png"), figures["confusion"], config.labels)
-        report = {
+        values = {
             "model": str(name),
             "list": args.list,
             "views": list(views),
             **figures,
-            "undecodable": loader.bad_files,
+            "undecodable": undecodable,
             "labels": config.labels,
         }
-        write_whole(out, json.dumps(report, indent=1) + "\n")
+        write_whole(out, json.dumps(values, indent=1) + "\n")
         beside_it = beside(out, "predictions.jsonl"), beside(out, "confusion.png")
         print(f"written      {out}, {beside_it[0]}, {beside_it[1]}")
-    if undecodable > args.max_bad_fraction * len(samples):
+    if missing > args.max_bad_fraction * len(samples):
         raise ValueError(
             f"bad videos must be at most --max-bad-fraction {args.max_bad_fraction:g} of "
-            f"{len(samples)}: got {undecodable}, named above; leave them out of the list, or "
+            f"{len(samples)}: got {missing}, named above; leave them out of the list, or "
             "raise --max-bad-fraction if the rest is what you mean to measure"
         )
 

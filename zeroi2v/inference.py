@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zeroi2v.cli import usable_cores
 from zeroi2v.data.annotations import Sample
 from zeroi2v.data.views import ViewLoader
 from zeroi2v.model.vit import VideoViT
+from zeroi2v.processes import cores_per_process
 
 RECURS = 4
 """Batches of one shape that are worth a CUDA graph, whose capture takes about as long as three."""
@@ -54,11 +54,13 @@ def predict_each(
     topk: int = 5,
     views: tuple[int, int] | None = None,
     batch_size: int = 8,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[dict[str, Any]]:
     """`predict` one by one as they are done, for files or parts of files.
 
     `views` are (clips, crops) of each sample; the model's test views by default. `batch_size`
-    samples are computed at once. Labels of samples are not looked at.
+    samples are computed at once. Labels of samples are not looked at. `share` is (rank,
+    world size) of processes of which each computes its own batches of the samples.
     """
     if topk < 1:
         raise ValueError(f"topk must be at least 1: got {topk}")
@@ -73,26 +75,26 @@ def predict_each(
         batch_size=min(batch_size, len(samples)),
         test=True,
         views=config.preprocess.test_views if views is None else views,
-        workers=default_workers(device) if len(samples) > 32 else 0,
+        rank=share[0],
+        world_size=share[1],
+        workers=default_workers(device) if len(samples) > 32 * share[1] else 0,
         device=device,
         whole=takes_frames(model),
     )
     dtype = None if isinstance(model, VideoViT) else torch.float32  # what deployed models take
-    done = 0
     with as_graph(model, loader):
-        for batch in loader.epoch():
+        for step, batch in enumerate(loader.epoch()):
             one = SimpleNamespace(epoch=lambda batch=batch: [batch])
             index, probs = predict_views(model, one, device, dtype)
             if not torch.isfinite(probs).all():
                 raise ValueError("model's output must be finite: got inf or nan")
             rows = dict(zip(index.tolist(), probs, strict=True))
-            for i in range(done, min(done + len(batch.index), len(samples))):
+            for i in loader.positions(step):
                 path = samples[i].path
                 if i in rows:
                     yield {"path": path, "topk": _top(rows[i], topk, config.labels)}
                 else:
                     yield {"path": path, "error": loader.bad_files[samples[i].name]}
-            done += len(batch.index)
 
 
 @contextmanager
@@ -223,7 +225,7 @@ def choose_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def default_workers(device: torch.device, cores: int | None = None) -> int:
-    """Decoding processes on `cores`, by default all usable ones: most if a GPU does the rest."""
-    cores = usable_cores() if cores is None else cores
+def default_workers(device: torch.device) -> int:
+    """Decoding processes for this one's share of the cores: most if a GPU does the rest."""
+    cores = cores_per_process()
     return max(1, cores - 1) if device.type == "cuda" else cores // 4

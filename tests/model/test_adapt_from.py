@@ -12,8 +12,9 @@ from bench.flops import counted, formula
 from zeroi2v.bridges.load import load_backbone
 from zeroi2v.config import ModelConfig
 from zeroi2v.model.vit import VideoViT
+from zeroi2v.processes import end_processes
 from zeroi2v.reparam import merge, seeded_clips, verify
-from zeroi2v.train.distributed import end_processes, start_processes
+from zeroi2v.train.distributed import start_processes
 from zeroi2v.train.engine import trained_weights
 from zeroi2v.train.prepare import gather_blocks_whole
 from zeroi2v.visualize import attention_maps, rows_of

@@ -31,7 +31,8 @@ from zeroi2v.config import RECIPES, AdapterConfig, ModelConfig
 from zeroi2v.model import vit
 from zeroi2v.model.training_block import block_backward, block_forward, can_train
 from zeroi2v.model.vit import Block
-from zeroi2v.train.distributed import end_processes, start_processes
+from zeroi2v.processes import end_processes
+from zeroi2v.train.distributed import start_processes
 from zeroi2v.train.engine import trained_weights
 from zeroi2v.train.prepare import gather_blocks_whole
 

@@ -26,8 +26,9 @@ from training import finish, held_port
 from videos import write_numbered
 
 from zeroi2v import VideoViT
+from zeroi2v.processes import end_processes
 from zeroi2v.train.config import OptimConfig, find_config
-from zeroi2v.train.distributed import end_processes, start_processes
+from zeroi2v.train.distributed import start_processes
 from zeroi2v.train.engine import build_engine
 from zeroi2v.train.log import read_log
 

@@ -19,8 +19,9 @@ import zeroi2v.train.main
 from zeroi2v.cli import run
 from zeroi2v.config import ModelConfig
 from zeroi2v.data.pipeline import ClipLoader
+from zeroi2v.processes import end_processes
 from zeroi2v.train.config import load_config
-from zeroi2v.train.distributed import StopSignals, end_processes, start_processes
+from zeroi2v.train.distributed import StopSignals, start_processes
 from zeroi2v.train.prepare import prepare
 
 WITHOUT = ("model.adapt_from=1", "augment=null", "data.clips_per_video=2", "optim.epochs=3",

@@ -29,8 +29,9 @@ from zeroi2v.data.annotations import read_list
 from zeroi2v.data.pipeline import ClipLoader
 from zeroi2v.data.views import ViewLoader
 from zeroi2v.inference import metrics, predict_views
+from zeroi2v.processes import end_processes
 from zeroi2v.train.config import OptimConfig, load_config
-from zeroi2v.train.distributed import end_processes, start_processes
+from zeroi2v.train.distributed import start_processes
 from zeroi2v.train.engine import build_engine, parameter_groups, schedule
 from zeroi2v.train.log import read_log
 

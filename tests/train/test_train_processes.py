@@ -14,15 +14,12 @@ import torch
 import torch.distributed as dist
 from training import Ranks, arguments, make_data, wait_for
 
+import zeroi2v.processes
 import zeroi2v.train.distributed
 import zeroi2v.train.engine
 import zeroi2v.train.main
-from zeroi2v.train.distributed import (
-    check_gpus,
-    cores_per_process,
-    end_processes,
-    start_processes,
-)
+from zeroi2v.processes import check_gpus, cores_per_process, end_processes
+from zeroi2v.train.distributed import start_processes
 from zeroi2v.train.engine import read_later, update
 from zeroi2v.train.log import read_log
 
@@ -65,9 +62,9 @@ def test_what_processes_tell_each_other_goes_over_gloo_apart_from_gradients(monk
     monkeypatch.setattr(dist, "barrier", lambda *_, **__: pytest.fail("asks the GPU"))
     start_processes()
     try:
-        assert zeroi2v.train.distributed.add_up([1.5, 2]) == [1.5, 2.0]
-        assert zeroi2v.train.distributed.gather("x") == ["x"]
-        zeroi2v.train.distributed.wait_for_all()
+        assert zeroi2v.processes.add_up([1.5, 2]) == [1.5, 2.0]
+        assert zeroi2v.processes.gather("x") == ["x"]
+        zeroi2v.processes.wait_for_all()
         assert len(groups) == 3
         for group in groups:
             assert group is not None and group is not dist.group.WORLD
@@ -77,7 +74,7 @@ def test_what_processes_tell_each_other_goes_over_gloo_apart_from_gradients(monk
 
 
 def short_limit() -> None:
-    for module in (zeroi2v.train.distributed, zeroi2v.train.engine):
+    for module in (zeroi2v.processes, zeroi2v.train.distributed, zeroi2v.train.engine):
         module.limit = lambda: timedelta(seconds=10)
 
 

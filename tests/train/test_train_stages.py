@@ -13,9 +13,10 @@ from training import MODEL, Ranks, arguments, make_data
 import zeroi2v.train.prepare
 from zeroi2v import RECIPES, VideoViT
 from zeroi2v.config import ModelConfig
+from zeroi2v.processes import end_processes
 from zeroi2v.reparam import DTYPES
 from zeroi2v.train.config import OptimConfig
-from zeroi2v.train.distributed import end_processes, start_processes
+from zeroi2v.train.distributed import start_processes
 from zeroi2v.train.engine import build_engine, deepspeed_config, trained_weights, update
 from zeroi2v.train.log import read_log
 from zeroi2v.train.prepare import gather_blocks_whole

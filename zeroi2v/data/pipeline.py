@@ -32,6 +32,7 @@ from zeroi2v.data.mixing import mix
 from zeroi2v.data.nvdec import capabilities
 from zeroi2v.data.shared_samples import SharedSamples
 from zeroi2v.data.views import Batch, check_arguments
+from zeroi2v.processes import processes_here
 
 DECODERS = ("auto", "dali", "pyav")
 _PATIENCE = 10
@@ -297,12 +298,6 @@ def check_shared_memory(needed: int) -> None:
             f"workers: it has {free / 1e6:,.0f}; give the container more (docker run "
             "--shm-size=8g), or take fewer clips at once (optim.micro_batch) or data.workers=0"
         )
-
-
-def processes_here() -> int:
-    """Processes of the run on this machine, as set by torchrun or DeepSpeed's launcher."""
-    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
-    return int(next((os.environ[name] for name in names if name in os.environ), 1))
 
 
 def dali_observers() -> list[threading.Thread]:

@@ -138,26 +138,25 @@ class ViewLoader:
 
     def epoch(self) -> Iterator[Batch]:
         """The batches of this process."""
-        positions = [
-            (step * self.world_size + self.rank) * self.batch_size + row
-            for step in range(self.steps)
-            for row in range(self.batch_size)
-        ]
-        inside = [p for p in positions if p < len(self.samples)]
-        made = self._by_workers(inside) if self.workers else map(self._source, inside)
-        for step in range(self.steps):
-            of_batch = positions[step * self.batch_size : (step + 1) * self.batch_size]
-            count = sum(p < len(self.samples) for p in of_batch)
-            yield self._batch(of_batch, list(islice(made, count)))
+        batches = [self.positions(step) for step in range(self.steps)]
+        all_of_them = [position for positions in batches for position in positions]
+        made = self._by_workers(all_of_them) if self.workers else map(self._source, all_of_them)
+        for positions in batches:
+            yield self._batch(positions, list(islice(made, len(positions))))
 
-    def _batch(self, positions: list[int], made: list[Tensor | str]) -> Batch:
+    def positions(self, step: int) -> range:
+        """Places in `samples` of this process's batch number `step`, without its padding."""
+        first = (step * self.world_size + self.rank) * self.batch_size
+        return range(first, min(first + self.batch_size, len(self.samples)))
+
+    def _batch(self, positions: range, made: list[Tensor | str]) -> Batch:
         (clips, crops), config = self.views, self.config
         count, side = clips * (1 if self.whole else crops), config.image_size
         video = [torch.zeros(count, config.num_frames, side, side, 3, dtype=torch.uint8)]
-        video *= len(positions)
-        index = torch.full((len(positions),), -1)
+        video *= self.batch_size
+        index = torch.full((self.batch_size,), -1)
         label = index.clone()
-        for row, (position, views) in enumerate(zip(positions, made, strict=False)):
+        for row, (position, views) in enumerate(zip(positions, made, strict=True)):
             sample = self.samples[position]
             if isinstance(views, str):
                 self.bad_files[sample.name] = views

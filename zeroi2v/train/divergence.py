@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from zeroi2v.files import replacing
 from zeroi2v.model.vit import VideoViT
+from zeroi2v.processes import gather, together
 from zeroi2v.storage.checkpoint import save
-from zeroi2v.train.distributed import gather, together
 from zeroi2v.train.prepare import Job
 from zeroi2v.train.state import read_tag
 

@@ -21,8 +21,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
+from zeroi2v.processes import limit
 from zeroi2v.train.config import OptimConfig
-from zeroi2v.train.distributed import gradient_limit, limit
+from zeroi2v.train.distributed import gradient_limit
 
 """Of weights, clips and activations, by `optim.precision`."""
 

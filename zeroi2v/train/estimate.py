@@ -24,12 +24,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from zeroi2v.data.pipeline import processes_here
 from zeroi2v.model.training_block import Memory
 from zeroi2v.model.vit import VideoViT
+from zeroi2v.processes import gather, processes_here
 from zeroi2v.reparam import DTYPES
 from zeroi2v.train.config import OptimConfig
-from zeroi2v.train.distributed import StopSignals, gather, say
+from zeroi2v.train.distributed import StopSignals, say
 from zeroi2v.train.engine import build_engine, seed_dropout
 from zeroi2v.train.fill import frozen_start
 from zeroi2v.train.prepare import Job

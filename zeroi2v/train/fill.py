@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from zeroi2v.data.pipeline import check_bad_files
 from zeroi2v.model.vit import VideoViT
+from zeroi2v.processes import gather, together
 from zeroi2v.reparam import DTYPES
-from zeroi2v.train.distributed import StopSignals, gather, say, together
+from zeroi2v.train.distributed import StopSignals, say
 from zeroi2v.train.prepare import Job, check_root
 from zeroi2v.train.tokens import machine
 

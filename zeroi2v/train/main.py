@@ -41,22 +41,19 @@ from zeroi2v.extras import require
 from zeroi2v.files import write_whole
 from zeroi2v.inference import metrics, predict_views
 from zeroi2v.model.vit import VideoViT
-from zeroi2v.reparam import DTYPES
-from zeroi2v.storage.checkpoint import save as save_folder
-from zeroi2v.train.config import load_config
-from zeroi2v.train.distributed import (
-    StopSignals,
+from zeroi2v.processes import (
     add_up,
-    end_children,
     end_processes,
     first_alone,
     gather,
-    say,
-    start_processes,
     together,
     told_once,
     wait_for_all,
 )
+from zeroi2v.reparam import DTYPES
+from zeroi2v.storage.checkpoint import save as save_folder
+from zeroi2v.train.config import load_config
+from zeroi2v.train.distributed import StopSignals, end_children, say, start_processes
 from zeroi2v.train.divergence import is_bad, stop_diverged
 from zeroi2v.train.engine import (
     build_engine,
@@ -73,6 +70,9 @@ from zeroi2v.train.prepare import Job, check_root, prepare, with_classes
 from zeroi2v.train.report import write_report
 from zeroi2v.train.state import load_state, save_state
 
+LOST = "start it again with run.resume=auto"
+"""What to do when one of several processes has died."""
+
 
 def main(argv: list[str]) -> None:
     """Parses `argv` and trains. Raises ValueError or OSError on bad input, SystemExit on a stop."""
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> None:
     device = start_processes()
     status = 0
     try:
-        with told_once(), ExitStack() as keep:
+        with told_once(LOST), ExitStack() as keep:
             config = together(lambda: with_classes(load_config(args.config, args.overrides)))
             if args.dry_run:
                 say(yaml.safe_dump(config.to_dict(), sort_keys=False))

@@ -24,8 +24,9 @@ from zeroi2v.data.video_files import left_out
 from zeroi2v.data.views import ViewLoader
 from zeroi2v.inference import default_workers
 from zeroi2v.model.vit import Block, VideoViT
+from zeroi2v.processes import first_alone, together
 from zeroi2v.train.config import DataConfig, OptimConfig, RunConfig, differences, load_config
-from zeroi2v.train.distributed import cores_per_process, first_alone, say, together
+from zeroi2v.train.distributed import say
 from zeroi2v.train.state import clear_leftovers, lock_folder, read_record, read_tag
 from zeroi2v.train.tokens import TokenLoader, token_loader
 
@@ -74,7 +75,7 @@ def prepare(config: RunConfig, device: torch.device, keep: ExitStack | None) -> 
     video = config.model.video
     workers = data.workers
     if workers is None:
-        workers = default_workers(device, cores_per_process())
+        workers = default_workers(device)
     shared = dict(
         batch_size=optim.clips_at_once(world_size),
         rank=rank,

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from filelock import BaseFileLock, FileLock, Timeout
 
 from zeroi2v.files import write_whole
-from zeroi2v.train.distributed import first_alone, gather, together
+from zeroi2v.processes import first_alone, gather, together
 from zeroi2v.train.engine import checksum, trained_weights
 
 

@@ -231,3 +231,47 @@ print(status, [name for name in heavy if name in sys.modules])
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.splitlines()[-1] == "0 []"
+
+
+@pytest.mark.parametrize("device, expected", [
+    ("cpu", "made 0, given 0, made 1, given 1, made 2, given 2"),
+    ("cuda", "made 0, made 1, given 0, made 2, given 1, given 2"),
+])  # fmt: skip
+def test_a_gpu_gets_the_next_batch_before_the_last_one_is_waited_for(device, expected):
+    """A stand-in for batches on a GPU: `each_batch` looks at the device's name alone."""
+    order = []
+    config = small_config()
+    clip = torch.randn(2, 1, 3, config.num_frames, config.image_size, config.image_size)
+
+    class Video:
+        def __init__(self, number):
+            self.number = number
+
+        def to(self, *_, non_blocking):
+            assert non_blocking
+            order.append(f"made {self.number}")
+            return clip * (1 + self.number)
+
+    model = build(config).train()
+    batches = [SimpleNamespace(video=Video(i), index=torch.tensor([i, -1])) for i in range(3)]
+    found = []
+    loader = SimpleNamespace(epoch=lambda: iter(batches))
+    for index, probs in inference.each_batch(model, loader, device, None):
+        assert not model.training and not probs.requires_grad
+        order.append(f"given {index.item()}")
+        found.append(probs)
+    assert ", ".join(order) == expected and model.training
+    model.eval()
+    for i, probs in enumerate(found):
+        expected = model(clip[:, 0] * (1 + i)).softmax(-1)[:1]
+        torch.testing.assert_close(probs, expected)
+
+
+def test_a_copy_from_a_gpu_is_awaited_by_its_event(monkeypatch):
+    done = []
+    event = SimpleNamespace(record=lambda: done.append("recorded"),
+                            synchronize=lambda: done.append("awaited"))  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    tensor = SimpleNamespace(is_cuda=True, to=lambda *_, non_blocking: done.append("copied") or 7)
+    read = inference._copied(tensor)
+    assert done == ["copied", "recorded"] and read() == 7 and done[2:] == ["awaited"]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -83,9 +83,7 @@ def predict_each(
     )
     dtype = None if isinstance(model, VideoViT) else torch.float32  # what deployed models take
     with as_graph(model, loader):
-        for step, batch in enumerate(loader.epoch()):
-            one = SimpleNamespace(epoch=lambda batch=batch: [batch])
-            index, probs = predict_views(model, one, device, dtype)
+        for step, (index, probs) in enumerate(each_batch(model, loader, device, dtype)):
             if not torch.isfinite(probs).all():
                 raise ValueError("model's output must be finite: got inf or nan")
             rows = dict(zip(index.tolist(), probs, strict=True))
@@ -115,7 +113,6 @@ def as_graph(model: nn.Module, loader: ViewLoader) -> Iterator[None]:
         model.graphs = kept
 
 
-@torch.no_grad()
 def predict_views(
     model: nn.Module,
     loader: Any,
@@ -138,28 +135,63 @@ def predict_views(
         CPU. Padding and videos that could not be decoded are left out; they still take part in
         the forward pass, so that every process of a sharded run makes equally many.
     """
-    of_frames = takes_frames(model)
+    indices, probs = [], []
+    for index, prob in each_batch(model, loader, device, dtype):
+        indices.append(index)
+        probs.append(prob)
+        if progress is not None:
+            progress(len(index))
+    return torch.cat(indices), torch.cat(probs)
+
+
+@torch.no_grad()
+def each_batch(
+    model: nn.Module, loader: Any, device: torch.device | str, dtype: torch.dtype | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What `predict_views` gives, batch by batch.
+
+    A GPU gets a batch before the probabilities of the last one are waited for, so that it is not
+    idle while the next one is read and copied.
+    """
+    of_frames, was_training = takes_frames(model), model.training
     if of_frames:
         dtype = torch.uint8
     dtype = dtype or next(p.dtype for p in model.parameters() if p.is_floating_point())
-    was_training = model.training
+    ahead = int(torch.device(device).type == "cuda")
+    waiting: deque[tuple[Tensor, Callable[[], Tensor]]] = deque()
+
+    def done() -> tuple[Tensor, Tensor]:
+        index, read = waiting.popleft()
+        return index[index >= 0], read()[index >= 0]
+
     model.eval()
-    indices, probs = [], []
     try:
         for batch in loader.epoch():
             video = batch.video.to(device, dtype, non_blocking=True)
             out = model(video.flatten(0, 1)).float()  # [B * V, K]
             prob = out if of_frames else out.softmax(-1)
-            prob = prob.unflatten(0, video.shape[:2]).mean(1).cpu()
-            index = batch.index.cpu()
-            kept = index >= 0
-            indices.append(index[kept])
-            probs.append(prob[kept])
-            if progress is not None:
-                progress(int(kept.sum()))
+            waiting.append((batch.index, _copied(prob.unflatten(0, video.shape[:2]).mean(1))))
+            if len(waiting) > ahead:
+                yield done()
+        while waiting:
+            yield done()
     finally:
         model.train(was_training)
-    return torch.cat(indices), torch.cat(probs)
+
+
+def _copied(tensor: Tensor) -> Callable[[], Tensor]:
+    """Copies `tensor` to the CPU; what is returned waits for that, and not for later work."""
+    copy = tensor.to("cpu", non_blocking=True)
+    if not tensor.is_cuda:
+        return lambda: copy
+    event = torch.cuda.Event()
+    event.record()
+
+    def read() -> Tensor:
+        event.synchronize()
+        return copy
+
+    return read
 
 
 def takes_frames(model: nn.Module) -> bool:

@@ -162,7 +162,9 @@ class ViewLoader:
                 self.bad_files[sample.name] = views
             else:
                 video[row], index[row], label[row] = views, position, sample.label
-        video = torch.stack(video).to(self.device)
+        video = torch.stack(video)
+        video = video.pin_memory() if self.device.type == "cuda" else video
+        video = video.to(self.device, non_blocking=True)
         return Batch(
             video if self.whole else normalise(video, config.preprocess), label, index, label
         )

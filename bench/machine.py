@@ -37,7 +37,9 @@ def device() -> str:
 def machine_card() -> dict:
     """Facts about the machine; an entry that can't be found is left out."""
     card = _gpu() if device() == "cuda" else _cpu()
-    name = card["name"] if device() == "cuda" else f"{card['name']} {card['cores']} cores"
+    name = card["name"]
+    if device() != "cuda":
+        name += f" {card['cores']} cores {card['isa']}"
     card["slug"] = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     card["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
     card["python"] = platform.python_version()

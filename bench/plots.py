@@ -33,7 +33,10 @@ DPI = 130
 def where(results: dict) -> str:
     """A machine in a few words."""
     card = results["machine"]
-    return card["name"] + (f", {card['cores']} cores" if card.get("kind") == "CPU" else "")
+    if card.get("kind") != "CPU":
+        return card["name"]
+    # Of one name there are machines with and without the wide instructions.
+    return f"{card['name']}, {card['cores']} cores, {card['isa']}"
 
 
 def draw(results: dict, folder: Path) -> list[str]:

@@ -190,6 +190,13 @@ SECTIONS = (
         ("seconds", "ratio", "clips_per_s", "peak_bytes", "widths_saved", "joules"),
     ),
     Section(
+        "8-bit weights", "bench_quantization", "model, frames",
+        "One clip by the merged model with wide weights, and with 8-bit ones (`reparam --dtype`):"
+        " int8 on CPUs beside float32, on GPUs float8 beside bfloat16. What int8 gains depends on"
+        " the processor's instructions. Errors are those of random weights, relative to float64.",
+        ("seconds", "ratio", "error"),
+    ),
+    Section(
         "Decoding", "bench_decoding", "frames from keyframe to keyframe",
         "8 frames, 16 apart, of a 300-frame H.264 video; one thread.",
         ("ratio", "clips_per_s"),

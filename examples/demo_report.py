@@ -58,7 +58,7 @@ Both times are medians of interleaved rounds on {cores} CPU cores. "merged / pla
 both models do the same arithmetic, but the merged one also copies the keys and values that its
 shifted heads read from other frames. Here every head is shifted and only 16 wide, so the copies are
 a visible share of the time. A merged ViT-B/16 is as fast as its image model, within 2 %
-(docs/benchmarks/amd-epyc-2-cores.md)."""
+(docs/benchmarks/amd-epyc-2-cores-avx512.md)."""
 
 
 def accuracy(figures: dict[str, Any], key: str) -> float:

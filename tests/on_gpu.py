@@ -34,7 +34,8 @@ from zeroi2v.data.clip_worker import ClipSource
 from zeroi2v.data.colours import MATRIX_TAGS
 from zeroi2v.data.pipeline import ClipLoader
 from zeroi2v.model.attention import set_backend
-from zeroi2v.model.fp8 import fp8_linear, quantized
+from zeroi2v.model.fp8 import fp8_linear
+from zeroi2v.model.quantization import quantized
 from zeroi2v.storage.checkpoint import load
 from zeroi2v.train.log import read_log
 

@@ -201,7 +201,7 @@ def test_command_writes_nothing_and_gives_the_figures_when_verification_fails(
 ):
     build(small_config()).save_pretrained(tmp_path / "adapted")
     monkeypatch.setattr(
-        "zeroi2v.reparam.merge", lambda model, dtype=None: merge(wrong_scale(copy_of(model)), dtype)
+        "zeroi2v.reparam.merge", lambda model, *rest: merge(wrong_scale(copy_of(model)), *rest)
     )
     assert run(main, [str(tmp_path / "adapted"), "--out", str(tmp_path / "merged")]) == 1
     captured = capsys.readouterr()

@@ -6,11 +6,11 @@ import pytest
 import torch
 from models import build, small_config
 from videos import write_numbered
+from zeroi2v_kernels.quantize_reference import E4M3
 
 import zeroi2v.reparam as module
 from zeroi2v import cli, evaluate, export, merge
 from zeroi2v.bridges.load import load_backbone
-from zeroi2v.model.fp8 import E4M3
 from zeroi2v.storage.checkpoint import load, weights_hash
 
 
@@ -62,8 +62,8 @@ def test_a_fault_is_never_written_and_its_block_is_named(
         merge(load(adapted)).save_pretrained(tmp_path / "merged")
     quantized = module.quantized
 
-    def faulty(model):
-        made = quantized(model)
+    def faulty(*given):
+        made = quantized(*given)
         made.transformer.resblocks[1].attn.out_proj.weight_scale.mul_(1.3)
         return made
 

@@ -151,7 +151,7 @@ def report(
     name, kind = job.source, "deployed"
     if job.is_native:
         name, kind = model_folder(name), "adapted" if config.adapter else "merged or plain"
-        kind += ", float8" if job.model.fp8 else ""
+        kind += f", {job.model.quantization.title}" if job.model.quantization else ""
     print(f"model        {name} ({kind})")
     print(f"views        {views[0]} clips x {views[1]} crops, softmax averaged")
     for line in occurrence((s.label for s in samples), config.num_classes, config.labels):

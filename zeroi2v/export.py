@@ -69,7 +69,7 @@ def export(
     """Writes `model` to `path`; the file is compared with the model before it gets that name.
 
     Args:
-        model: merged or plain, not in float8, on the CPU; left untouched.
+        model: merged or plain, its weights not in 8 bits, on the CPU; left untouched.
         format: `onnx`, `torch-export` or `clip`.
         path: file to write, with one of the format's suffixes in `FORMATS`.
         dtype: of the weights; that of the model by default.
@@ -79,14 +79,14 @@ def export(
         The comparison with the fp32 model; None for `clip`, whose tensors are read back bit-equal.
 
     Raises:
-        ValueError: adapters that are not merged, float8 weights, a wrong suffix, or a file that
+        ValueError: adapters that are not merged, 8-bit weights, a wrong suffix, or a file that
             differs.
         OSError: `path` can't be written.
     """
     path = check_export_path(format, path)
-    if model.fp8:
+    if (held := model.quantization) is not None:
         raise ValueError(
-            "model must have wide weights to be exported: its blocks have float8; "
+            f"model must have wide weights to be exported: its blocks have {held.title}; "
             "export the model that it was made of"
         )
     dtype = dtype or model.head.weight.dtype

@@ -1,15 +1,15 @@
 """Merge a model's adapters into its frozen weights, and prove that nothing changed.
 
-    python -m zeroi2v.reparam RUN_OR_FOLDER --out FOLDER [--dtype fp32|bf16|fp16|fp8]
+    python -m zeroi2v.reparam RUN_OR_FOLDER --out FOLDER [--dtype fp32|bf16|fp16|fp8|int8]
                               [--clips LIST]
 
 Merging is computed in float64 and then cast. Before anything is written, the merged model is run
 beside the adapted one: in float64, where they must agree to 1e-10 on one clip, and in the dtype
 asked for on all. All of it is computed on the GPU if there is one.
 
-fp8 rounds the weights of the blocks, and what they are multiplied with, to 4 bits of precision,
-which shows. So the limit is what such rounding costs this model: it runs in float32 with random
-errors of that size in both factors of each product (`zeroi2v.model.fp8_proof`).
+fp8 and int8 round the weights of the blocks, and what they are multiplied with, to 8 bits, which
+shows. So the limit is what such rounding costs this model: it runs in float32 with random errors of
+that size in both factors of each product (`zeroi2v.model.quantization_proof`).
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ from torch import Tensor, nn
 
 from zeroi2v.cli import run
 from zeroi2v.model.adapter import LinearAdapter, merge_after, merge_before
-from zeroi2v.model.fp8 import E4M3, quantized
-from zeroi2v.model.fp8_proof import decided, weight_errors, with_noise
+from zeroi2v.model.quantization import FORMATS, FP8, INT8, quantized
+from zeroi2v.model.quantization_proof import decided, weight_errors, with_noise
 from zeroi2v.model.vit import VideoViT
 from zeroi2v.storage.checkpoint import check_output_folder, load, model_folder, save
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+QUANTIZED = {"fp8": FP8, "int8": INT8}
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 HALF_PRECISION_MARGIN = 1.1
-FP8_MARGIN, FP8_RUNS = 2.0, 2
+QUANTIZED_MARGIN, QUANTIZED_RUNS = 2.0, 2
 """How many times the root mean square of what so many runs with random errors are off by."""
-FP8_CAP = 0.25
-"""What the relative error of logits may be in fp8, however sensitive the model."""
+QUANTIZED_CAP = 0.25
+"""What the relative error of logits may be with 8-bit weights, however sensitive the model."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,20 +57,21 @@ class MergeReport:
     logits: a few logits alone are too small a sample of rounding errors."""
     rel_limit: float
     """What `rel` may be: 1e-10 in fp64, 1e-5 in fp32, in half precision 1.1 times what the adapted
-    model in the same dtype has, in fp8 twice what random errors of its rounding cost, 0.25 at
-    most."""
+    model in the same dtype has, with 8-bit weights twice what random errors of their rounding cost,
+    0.25 at most."""
     top1_agreement: float
     """Fraction of clips on which both name the same class."""
     agreement_limit: float
-    """What that must be: 1 in fp64 and fp32, 0 in half precision, in fp8 the fraction of clips
-    whose best two logits are too far apart for an error of `rel_limit` to change their order."""
+    """What that must be: 1 in fp64 and fp32, 0 in half precision, with 8-bit weights the fraction
+    of clips whose best two logits are too far apart for an error of `rel_limit` to change their
+    order."""
     per_block: tuple[float, ...]
     """`rel` of the first token (CLS, if there is one) after each block: where an error is from."""
     per_block_limit: tuple[float, ...] = ()
-    """What these may be in fp8, as `rel_limit`."""
+    """What these may be with 8-bit weights, as `rel_limit`."""
     per_block_weights: tuple[float, ...] = ()
-    """In fp8 the largest error of a weight, in units of what rounding it by the scale of its own
-    row may cost: 1 at most."""
+    """With 8-bit weights the largest error of one, in units of what rounding it by the scale of its
+    own row may cost: 1 at most."""
     passed: bool
     """Whether the merged model may stand for the adapted one."""
 
@@ -84,27 +86,30 @@ class MergeReport:
 
     @property
     def worst(self) -> str:
-        """The block whose error is largest, or in fp8 nearest to its limits."""
-        fp8 = len(self.per_block_limit) > 0
-        limits = self.per_block_limit if fp8 else (1.0,) * len(self.per_block)
+        """The block whose error is largest, or with 8-bit weights nearest to its limits."""
+        rounded = len(self.per_block_limit) > 0
+        limits = self.per_block_limit if rounded else (1.0,) * len(self.per_block)
         excess = [error / limit for error, limit in zip(self.per_block, limits, strict=True)]
-        if fp8:
+        if rounded:
             excess = list(map(max, excess, self.per_block_weights))
         block = max(range(len(excess)), key=excess.__getitem__)
         told = f"block {block} has {self.per_block[block]:.2e}"
-        if not fp8:
+        if not rounded:
             return told
         weights = self.per_block_weights[block]
         return f"{told} (limit {limits[block]:.2e}) and weights off by {weights:.2f} of rounding"
 
 
-def merge(model: VideoViT, dtype: torch.dtype | None = None) -> VideoViT:
+def merge(
+    model: VideoViT, dtype: torch.dtype | None = None, clips: Tensor | None = None
+) -> VideoViT:
     """A model without adapters that computes what `model` does in eval mode.
 
     Args:
         model: an adapted model; left untouched.
-        dtype: of the merged weights; that of `model` by default. `torch.float8_e4m3fn` is that of
-            the blocks alone (`zeroi2v.model.fp8.quantized`).
+        dtype: of the merged weights; that of `model` by default. `torch.float8_e4m3fn` and
+            `torch.int8` are those of the blocks alone (`zeroi2v.model.quantization.quantized`).
+        clips: for int8, what `quantized` takes.
 
     Returns:
         A `VideoViT` with `config.adapter` None, on the device of `model`, in eval mode.
@@ -116,8 +121,8 @@ def merge(model: VideoViT, dtype: torch.dtype | None = None) -> VideoViT:
     """
     if model.config.adapter is None:
         raise ValueError("model must have adapters: got one that is merged or plain already")
-    if dtype == E4M3:
-        return quantized(merge(model, torch.float64))
+    if dtype in FORMATS:
+        return quantized(merge(model, torch.float64), FORMATS[dtype], clips)
     dtype = dtype or model.head.weight.dtype
     with torch.device("meta"):
         merged = VideoViT(dataclasses.replace(model.config, adapter=None))
@@ -152,8 +157,8 @@ def verify(adapted: VideoViT, merged: VideoViT, clips: Tensor) -> MergeReport:
     """Runs both models on the same clips and compares logits, top-1 and every block's output.
 
     Args:
-        adapted: the model that was merged; left untouched. For a `merged` in fp8 it may also be a
-            merged model in a wider dtype.
+        adapted: the model that was merged; left untouched. For a `merged` with 8-bit weights it may
+            also be a merged model in a wider dtype.
         merged: what `merge` made of it; its dtype is the one the comparison is made in.
         clips: normalised video `[B, 3, T, H, W]`, any floating dtype.
 
@@ -161,16 +166,16 @@ def verify(adapted: VideoViT, merged: VideoViT, clips: Tensor) -> MergeReport:
         The report; `passed` says whether the limits of its dtype hold.
     """
     dtype = merged.head.weight.dtype
-    exact = dtype in TOLERANCE
+    exact = dtype in TOLERANCE and merged.quantization is None
     ours = _trace(merged, clips, dtype)
     truth = _trace(adapted, clips, dtype if exact else torch.float64)
     errors = [relative_error(a, b) for a, b in zip(ours, truth, strict=True)]
     rel, limits, weights, least, names = errors[-1], (), (), 1.0, truth[-1]
-    if merged.fp8:
+    if merged.quantization is not None:
         plain = adapted if adapted.config.adapter is None else merge(adapted, torch.float32)
         weights = weight_errors(plain, merged)
-        *limits, limit = _fp8_limits(plain, clips, truth)
-        limit = min(limit, FP8_CAP)
+        *limits, limit = _rounding_limits(plain, merged, clips, truth)
+        limit = min(limit, QUANTIZED_CAP)
         least = decided(truth[-1], limit)
     elif exact:
         limit = TOLERANCE[dtype]
@@ -185,7 +190,9 @@ def verify(adapted: VideoViT, merged: VideoViT, clips: Tensor) -> MergeReport:
     within = all(error <= most for error, most in zip(errors, limits, strict=False))
     within = within and all(error <= 1 for error in weights)
     return MergeReport(
-        dtype=str(E4M3 if merged.fp8 else dtype).removeprefix("torch."),
+        dtype=merged.quantization.name
+        if merged.quantization
+        else str(dtype).removeprefix("torch."),
         clips=len(clips),
         max_abs=(logits - expected).abs().max().item(),
         rel=rel,
@@ -199,14 +206,16 @@ def verify(adapted: VideoViT, merged: VideoViT, clips: Tensor) -> MergeReport:
     )
 
 
-def _fp8_limits(plain: VideoViT, clips: Tensor, truth: list[Tensor]) -> list[float]:
-    """What the relative error of each part of `truth` may be in fp8."""
+def _rounding_limits(
+    plain: VideoViT, made: VideoViT, clips: Tensor, truth: list[Tensor]
+) -> list[float]:
+    """What the relative error of each part of `truth` may be in `made`, with 8-bit weights."""
     squares = [0.0] * len(truth)
-    for seed in range(FP8_RUNS):
-        noisy = _trace(with_noise(plain, seed), clips, torch.float32)
+    for seed in range(QUANTIZED_RUNS):
+        noisy = _trace(with_noise(plain, made, seed), clips, torch.float32)
         for place, (a, b) in enumerate(zip(noisy, truth, strict=True)):
-            squares[place] += relative_error(a, b) ** 2 / FP8_RUNS
-    return [FP8_MARGIN * square**0.5 for square in squares]
+            squares[place] += relative_error(a, b) ** 2 / QUANTIZED_RUNS
+    return [QUANTIZED_MARGIN * square**0.5 for square in squares]
 
 
 def _trace(model: VideoViT, clips: Tensor, dtype: torch.dtype) -> list[Tensor]:
@@ -264,8 +273,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", required=True, help="folder for the merged model")
     parser.add_argument(
         "--dtype",
-        choices=[*DTYPES, "fp8"],
-        help="of the merged weights (default: as is); fp8 takes a merged model too",
+        choices=[*DTYPES, *QUANTIZED],
+        help="of the merged weights (default: as is); fp8 and int8 take a merged model too",
     )
     parser.add_argument("--clips", help="video list to verify on (default: seeded noise)")
     parser.add_argument("--root", help="folder the list's paths are relative to")
@@ -276,24 +285,26 @@ def main(argv: list[str]) -> None:
     if out.resolve() == source.resolve():
         raise ValueError(f"--out must not be the model itself: got {args.out}")
     adapted = load(source, widen=False)
-    to_fp8, is_merged = args.dtype == "fp8", adapted.config.adapter is None
-    if adapted.fp8:
-        raise ValueError(f"{source} is merged already: its blocks have float8 weights")
-    if is_merged and not to_fp8:
+    format, is_merged = QUANTIZED.get(args.dtype), adapted.config.adapter is None
+    if (held := adapted.quantization) is not None:
+        raise ValueError(f"{source} is merged already: its blocks have {held.title} weights")
+    if is_merged and format is None:
         raise ValueError(f"{source} is merged already: it has no adapters")
     clips = _video_clips(adapted, args.clips, args.root) if args.clips else seeded_clips(adapted)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     adapted.to(device)
     print(f"merging {source}: {sum(_adapter_sizes(adapted)):,} adapter parameters, on {device}")
-    if to_fp8:
-        print(f"float8 is verified on {args.clips or 'seeded noise; --clips takes real videos'}")
+    if format is not None:
+        on = args.clips or "seeded noise; --clips takes real videos"
+        print(f"{format.title} is {'fitted to and ' * format.has_channels}verified on {on}")
     own = adapted.head.weight.dtype
-    dtype = E4M3 if to_fp8 else DTYPES.get(args.dtype, own)
+    dtype = DTYPES.get(args.dtype, own) if format is None else format.dtype
     reports = []
     for proof in dict.fromkeys((dtype,) if is_merged else (torch.float64, dtype)):
         adapted.to(torch.float64 if proof == torch.float64 else own)  # in place: L/14 is big
-        merged = quantized(adapted) if is_merged else merge(adapted, proof)
+        make = quantized if is_merged else merge
+        merged = make(adapted, format if is_merged else proof, clips)
         # Arithmetic shows in one clip, and float64 is slow.
         reports.append(verify(adapted, merged, clips[:1] if proof == torch.float64 else clips))
         print(reports[-1])

@@ -12,6 +12,8 @@
       `on_onednn`                                    float32, else PyTorch
     float8 linear layers    PyTorch (cuBLAS) from    float32 of float8 values likewise
       `on_fp8_units`        Ada and Hopper on
+    int8 linear layers      float64, to test with    oneDNN, if its sums are  float64
+                                                     `has_int8_products`
     patch embedding         a matrix product, not    PyTorch's convolution          likewise
       `patches_by_product`  exported
     a block whose backbone  our block, known head    our block                      PyTorch's
@@ -105,6 +107,29 @@ def _look_for_fp8(device: torch.device) -> bool:
 
 
 _known_fp8 = functools.cache(_look_for_fp8)  # which a compiler does not look into
+
+
+@functools.cache
+def has_int8_products() -> bool:
+    """True if PyTorch multiplies int8 matrices by oneDNN here, and gives the exact sums.
+
+    That is tried once, for the largest numbers that `zeroi2v.model.int8` has. Some processors add
+    pairs of products in 16 bits, and some libraries let them overflow.
+    """
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qlinear_prepack"):
+        return False
+    sign = torch.ones(96, 96).tril().mul(2).sub(1)  # every share of either sign in a row
+    weight, values = (63 * sign).to(torch.int8), 127 * sign.flip(0)
+    ones, zeros = torch.ones(96), torch.zeros(96, dtype=torch.int64)
+    try:
+        packed = torch.ops.onednn.qlinear_prepack(weight, None)
+        sums = torch.ops.onednn.qlinear_pointwise(
+            (values + 128).to(torch.uint8), 1.0, 128, packed, ones, zeros, None, 1.0, 0,
+            torch.float32, "none", [], "",
+        )  # fmt: skip
+    except (RuntimeError, NotImplementedError):
+        return False
+    return torch.equal(sums, (values.double() @ weight.double().t()).float())
 
 
 def trains_by_block(x: Tensor, num_heads: int, backend: str | None) -> bool:

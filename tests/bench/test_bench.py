@@ -258,7 +258,7 @@ def made_up(seconds: float = 2.0) -> dict:
             "merged / a model that is not here": {"goal": 0.5},
         },
     )  # fmt: skip
-    card = dict(kind="CPU", name="Some CPU", slug="some-cpu", cores=2, threads=2)
+    card = dict(kind="CPU", name="Some CPU", slug="some-cpu", cores=2, threads=2, isa="AVX2")
     card |= dict(packages={"torch": "9.9"}, ceilings={"float32": 2e11, "copy": 5e10})
     return {"machine": card, "benches": {"bench_zero_cost[B/16-8-float32]": bench}}
 
@@ -268,10 +268,10 @@ def test_summary_shows_machine_commit_and_command_and_has_no_empty_row():
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines()]
     assert "Measured by run 1: commit 0123456789ab, `pytest bench --benchmark`." in part
     measured = "1,850.0|0.93 [0.93, 0.93]|0.84 [0.80, 0.90]|1.30|2.0e-07".split("|")
-    assert ["Some CPU, 2 cores", "B/16, 8", "float32", *measured, "1"] in rows
-    assert "Not measured: B/16, 8 bfloat16 on Some CPU, 2 cores; L/14, 8 float32 on" in part
-    assert "Not measured on Some CPU, 2 cores." in part
-    assert not [row for row in rows if row[:1] == ["Some CPU, 2 cores"] and not any(row[3:])]
+    assert ["Some CPU, 2 cores, AVX2", "B/16, 8", "float32", *measured, "1"] in rows
+    assert "Not measured: B/16, 8 bfloat16 on Some CPU, 2 cores, AVX2; L/14, 8 float32 on" in part
+    assert "Not measured on Some CPU, 2 cores, AVX2." in part
+    assert not [row for row in rows if row[:1] == ["Some CPU, 2 cores, AVX2"] and not any(row[3:])]
     assert ["B/16, 8", "86.0 M, 86.0 M", "422", "420", "420", "1"] in rows
     page = tables.page(made_up())
     for told in ("Some CPU", "9.9", "0.20 TFLOP/s", "50.0 GB/s", "0123456789ab", "took 60 s"):

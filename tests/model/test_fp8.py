@@ -12,8 +12,9 @@ from zeroi2v_kernels import choice
 from zeroi2v_kernels.quantize import quantize_rows
 from zeroi2v_kernels.quantize_reference import E4M3, LARGEST, UNIT
 
-from bench.fp8_table import with_outliers
-from zeroi2v.model.fp8 import fp8_linear, quantized, widened
+from bench.quantization_table import with_outliers
+from zeroi2v.model.fp8 import fp8_linear
+from zeroi2v.model.quantization import FP8, quantized, widened
 from zeroi2v.reparam import merge, relative_error, seeded_clips, verify
 from zeroi2v.storage.checkpoint import load, weights_hash
 
@@ -210,7 +211,7 @@ def test_casts_change_all_but_the_float8_weights():
         expected = model(clips).double()
         for dtype in (torch.float16, torch.float32, torch.float64):
             cast = copy.deepcopy(model).to(dtype)
-            assert cast.head.weight.dtype == dtype and cast.fp8
+            assert cast.head.weight.dtype == dtype and cast.quantization
             now = cast.state_dict()
             assert all(now[n].dtype == t.dtype for n, t in held.items())
             assert weights_hash({n: now[n] for n in held}) == weights_hash(held)
@@ -225,7 +226,7 @@ def test_widened_is_a_plain_model_of_the_same_numbers():
     source.origins = {"training.json": "{}"}
     model = quantized(source)
     wide = widened(model)
-    assert not wide.fp8 and wide.origins == source.origins
+    assert not wide.quantization and wide.origins == source.origins
     assert {t.dtype for t in wide.state_dict().values()} == {torch.bfloat16}
     assert list(wide.state_dict()) == list(source.state_dict())
     layer, kept = (m.transformer.resblocks[1].attn.out_proj for m in (wide, model))
@@ -264,18 +265,23 @@ def test_folder_is_half_as_large_and_strict(tmp_path, caplog, monkeypatch):
     assert abs(sizes[1] - sizes[0] - (blocks - 4 * scales)) < 4000  # names take some
     assert json.loads((folder / "config.json").read_text())["weights"] == "float8_e4m3fn"
     assert "weights" not in json.loads((wide / "config.json").read_text())
-    assert "float8 (e4m3) in the blocks" in (folder / "README.md").read_text()
+    assert (
+        "; float8_e4m3fn in the blocks, a scale for each row" in (folder / "README.md").read_text()
+    )
     assert "float8" not in (wide / "README.md").read_text()
 
     again = load(folder, widen=False)
-    assert again.fp8 and weights_hash(again.state_dict()) == weights_hash(model.state_dict())
+    assert again.quantization is FP8
+    assert weights_hash(again.state_dict()) == weights_hash(model.state_dict())
     assert not any(p.requires_grad for p in again.parameters()) and not caplog.records
     here = load(folder)
-    assert not here.fp8 and weights_hash(here.state_dict()) == weights_hash(load(wide).state_dict())
+    assert here.quantization is None
+    assert weights_hash(here.state_dict()) == weights_hash(load(wide).state_dict())
     (said,) = caplog.records
     assert "has float8 weights, and no GPU here has float8 units: widened" in said.getMessage()
     monkeypatch.setattr("zeroi2v.storage.checkpoint.has_fp8_units", lambda device: True)
-    assert load(folder).fp8 and not load(folder, widen=True).fp8 and len(caplog.records) == 1
+    assert load(folder).quantization is FP8 and load(folder, widen=True).quantization is None
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize(

@@ -96,8 +96,8 @@ def load_backbone(model: VideoViT, path: str | Path) -> list[str]:
     folders = [path, path / "best", path / "last"]  # of a model, of a run
     if (folder := next(filter(is_native, folders), None)) is not None:
         image, notes = load(folder, widen=False), []
-        if image.fp8:
-            rule = "must have wide weights to be trained: its blocks have float8"
+        if (held := image.quantization) is not None:
+            rule = f"must have wide weights to be trained: its blocks have {held.title}"
             raise ValueError(f"backbone {path} {rule}")
     else:
         image, notes = load_image(path, ours)

@@ -9,12 +9,12 @@ from zeroi2v_kernels.stdha import BACKENDS, stdha, stdha_split
 
 from zeroi2v.config import ModelConfig, RotaryConfig
 from zeroi2v.model.adapter import LinearAdapter
-from zeroi2v.model.fp8 import FP8Weights
 from zeroi2v.model.linear import Linear, linear
 from zeroi2v.model.norm import Norm
+from zeroi2v.model.quantization import QuantizedWeights
 
 
-class STDHA(FP8Weights):
+class STDHA(QuantizedWeights):
     """Self-attention within frames; head h reads keys and values `head_offsets[h]` frames on.
 
     Parameters carry the names of `nn.MultiheadAttention`, as CLIP's do. With adapters the input
@@ -37,7 +37,7 @@ class STDHA(FP8Weights):
         self.head_offsets = config.head_offsets
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.register_buffer("in_proj_weight_scale", None)  # beside a weight in e4m3
+        self.reserve_names("in_proj_weight")
         self.rotary = Rotary(config.rotary, config) if config.rotary else None
         self.ln = Norm(width, config) if config.norm_attended else None
         self.out_proj = Linear(width, width)
@@ -66,20 +66,25 @@ class STDHA(FP8Weights):
         For the CLS token alone its query `[B, T, 1, H, D]`, and keys and values
         `[B, T, N, 2, H, D]`. Queries and keys are turned by rotary positions, if the model has any.
         """
-        scale = self.in_proj_weight_scale
         if cls_only:
             width = x.shape[-1]
-            sizes = (width, 2 * width)
-            weights, biases = self.in_proj_weight.split(sizes), self.in_proj_bias.split(sizes)
-            scales = (None, None) if scale is None else scale.split(sizes)
-            query = linear(x[:, :, :1], weights[0], biases[0], scales[0])
-            key_value = linear(x, weights[1], biases[1], scales[1])
+            query = self._project(x[:, :, :1], (0, width))
+            key_value = self._project(x, (width, 3 * width))
             query = query.unflatten(-1, (self.num_heads, -1))
             key_value = key_value.unflatten(-1, (2, self.num_heads, -1))
             return query, self.rotary(key_value, 1) if self.rotary else key_value
-        qkv = linear(x, self.in_proj_weight, self.in_proj_bias, scale)
+        qkv = self._project(x)
         qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
         return self.rotary(qkv, 2) if self.rotary else qkv
+
+    def _project(self, x: Tensor, rows: tuple[int, int] | None = None) -> Tensor:
+        """`x W^T + b` of queries, keys and values, or of `rows` (from, to) of them alone."""
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        if rows:
+            weight, bias = weight[slice(*rows)], bias[slice(*rows)]
+        if self.in_proj_weight_scale is not None:
+            return self.product("in_proj_weight", x, bias, rows)
+        return linear(x, weight, bias)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, head_offsets={self.head_offsets}"

@@ -18,21 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from zeroi2v_kernels.choice import ONEDNN_LINEAR, on_onednn
 
-from zeroi2v.model.fp8 import FP8Weights, fp8_linear
+from zeroi2v.model.quantization import QuantizedWeights
 
 MANY, ROWS = 8192, 512
 """Rows, on a CPU and for inference, above which `ROWS` of them are multiplied at a time."""
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, weight_scale: Tensor | None = None
-) -> Tensor:
-    """`x W^T + b` for `x [..., in]`, `weight [out, in]` and `bias [out]` -> `[..., out]`.
-
-    A weight in e4m3 has a `weight_scale [out]`, of its rows (`fp8.py`).
-    """
-    if weight_scale is not None:
-        return fp8_linear(x, weight, weight_scale, bias)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x W^T + b` for `x [..., in]`, `weight [out, in]` and `bias [out]` -> `[..., out]`."""
     if not x.is_cpu:
         return F.linear(x, weight, bias)
     if on_onednn(x):
@@ -54,16 +47,24 @@ def _in_parts(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return out.view(*x.shape[:-1], -1)
 
 
-class Linear(FP8Weights, nn.Linear):
-    """`nn.Linear`, computed by `linear`."""
+class Linear(QuantizedWeights, nn.Linear):
+    """`nn.Linear`, computed by `linear`, or by `quantization.py` if its weight has 8 bits."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features)
-        self.register_buffer("weight_scale", None)  # beside a weight in e4m3
+        self.reserve_names("weight")
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` -> `[..., out]`."""
-        return linear(x, self.weight, self.bias, self.weight_scale)
+        if self.weight_scale is not None:
+            return self.product("weight", x, self.bias)
+        return linear(x, self.weight, self.bias)
+
+    def without_bias(self, x: Tensor) -> Tensor:
+        """`x W^T`, whose bias is added elsewhere."""
+        if self.weight_scale is not None:
+            return self.product("weight", x, None)
+        return linear(x, self.weight)
 
 
 class ScaledLinear(Linear):
@@ -72,8 +73,7 @@ class ScaledLinear(Linear):
     def forward(self, x: Tensor, input_scale: float = 1.0, bias_scale: float = 1.0) -> Tensor:
         """`input_scale * x W^T + bias_scale * b` for `x [..., in]`."""
         if self.weight_scale is not None:
-            scales = input_scale * self.weight_scale
-            return fp8_linear(x, self.weight, scales, bias_scale * self.bias.float())
+            return self.product("weight", x, bias_scale * self.bias.float(), factor=input_scale)
         return scaled_linear(x, self.weight, self.bias, input_scale, bias_scale)
 
 

@@ -26,8 +26,9 @@ from zeroi2v.config import AdapterConfig, ModelConfig
 from zeroi2v.model.adapter import LinearAdapter
 from zeroi2v.model.attention import STDHA
 from zeroi2v.model.graphs import Graphs, can_replay
-from zeroi2v.model.linear import Linear, ScaledLinear, linear
+from zeroi2v.model.linear import Linear, ScaledLinear
 from zeroi2v.model.norm import Norm
+from zeroi2v.model.quantization import FORMATS, Format
 from zeroi2v.model.training_block import Memory, can_train, training_block
 
 
@@ -167,15 +168,15 @@ class VideoViT(nn.Module, ModelHubMixin):
         return self.ln_pre(x if self.config.adapt_from else self.timed(x))
 
     @property
-    def fp8(self) -> bool:
-        """Whether the weights of the blocks are float8, for inference alone (`model/fp8.py`)."""
-        return self.transformer.resblocks[0].attn.in_proj_weight_scale is not None
+    def quantization(self) -> Format | None:
+        """How the blocks keep weights in 8 bits, for inference alone (`quantization.py`)."""
+        return FORMATS.get(self.transformer.resblocks[0].attn.in_proj_weight.dtype)
 
     def freeze(self) -> VideoViT:
         """Leaves the adapters, `temporal_embedding`, `ln_post` and `head` trainable, no others.
 
         From now on blocks are differentiated by the training block (`set_memory`). Raises
-        ValueError for float8 weights.
+        ValueError for 8-bit weights.
         """
         self._check_trainable()
         for name, parameter in self.named_parameters():
@@ -191,7 +192,7 @@ class VideoViT(nn.Module, ModelHubMixin):
         """Chooses what a block keeps for backward: much, `save`; `lean`; or little, `recompute`.
 
         The block is then `training_block.py`, as long as its backbone is frozen. Raises ValueError
-        for other policies, and for float8 weights.
+        for other policies, and for 8-bit weights.
         """
         self._check_trainable()
         if memory not in get_args(Memory):
@@ -201,8 +202,9 @@ class VideoViT(nn.Module, ModelHubMixin):
         return self
 
     def _check_trainable(self) -> None:
-        if self.fp8:
-            raise ValueError("model must have wide weights to be trained: its blocks have float8")
+        if (held := self.quantization) is not None:
+            rule = "must have wide weights to be trained"
+            raise ValueError(f"model {rule}: its blocks have {held.title}")
 
     def accelerate(self, *batches: int) -> VideoViT:
         """Has inference on a GPU launched as CUDA graphs: few clips then don't wait for the host.
@@ -347,7 +349,7 @@ class MLP(nn.Module):
         if choice.uses_kernels(x):
             from zeroi2v_kernels.activation import bias_activation
 
-            hidden = linear(x, self.c_fc.weight, weight_scale=self.c_fc.weight_scale)
+            hidden = self.c_fc.without_bias(x)
             hidden = bias_activation(hidden, self.c_fc.bias, self.activation)
         elif self.activation_scale is None:
             hidden = activate(self.c_fc(x), self.activation)

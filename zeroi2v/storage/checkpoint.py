@@ -20,17 +20,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from zeroi2v_kernels.choice import has_fp8_units
+from zeroi2v_kernels.choice import has_fp8_units, has_int8_products
 
 from zeroi2v.config import ModelConfig
 from zeroi2v.files import check_writable, replacing
-from zeroi2v.model.fp8 import E4M3, SCALE, reserve, widened
+from zeroi2v.model.int8 import LARGEST
+from zeroi2v.model.quantization import CHANNELS, FORMATS, FP8, INT8, SCALE, reserve, widened
 from zeroi2v.model.vit import VideoViT
 from zeroi2v.storage.model_card import ORIGINS, model_card
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-FP8 = "float8_e4m3fn"
-"""What `weights` in `config.json` says of a model with float8 weights in its blocks."""
+QUANTIZED = {format.name: format for format in FORMATS.values()}
+"""What `weights` in `config.json` says of a model with 8-bit weights in its blocks."""
 
 log = logging.getLogger(__name__)
 
@@ -52,10 +53,10 @@ def save(model: VideoViT, folder: str | Path, extra_files: dict[str, str] | None
     state = {
         name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
     }
-    kind = {"weights": FP8} if model.fp8 else {}
+    kind = {"weights": model.quantization.name} if model.quantization else {}
     config = {"format": "zeroi2v", **kind, "model": model.config.to_dict()}
     extra_files = model.origins | (extra_files or {})
-    card = model_card(model.config, extra_files, model.fp8)
+    card = model_card(model.config, extra_files, model.quantization)
     files = {CONFIG: json.dumps(config, indent=2), CARD: card, **extra_files}
     with replacing(folder) as temporary:
         try:
@@ -95,8 +96,8 @@ def load(folder: str | Path, widen: bool | None = None) -> VideoViT:
 
     Args:
         folder: a native folder.
-        widen: whether a model with float8 weights is given `widened`; None: where this machine has
-            no GPU with float8 units, which is logged.
+        widen: whether a model with 8-bit weights is given `widened`; None: where this machine has
+            no products of that kind, which is logged.
     Raises:
         OSError: no such folder or file.
         ValueError: a file is damaged, or the config contradicts the tensors.
@@ -106,10 +107,11 @@ def load(folder: str | Path, widen: bool | None = None) -> VideoViT:
     with torch.device("meta"):
         model = VideoViT(_config_of(values, path))
     if (kind := values.get("weights")) is not None:
-        if kind != FP8:
-            raise ValueError(f'{path}: weights must be "{FP8}" or left out: got {kind!r}')
+        if kind not in QUANTIZED:
+            known = " or ".join(f'"{name}"' for name in QUANTIZED)
+            raise ValueError(f"{path}: weights must be {known}, or left out: got {kind!r}")
         try:
-            reserve(model)
+            reserve(model, QUANTIZED[kind])
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
     state = _read_tensors(folder / WEIGHTS)
@@ -117,10 +119,23 @@ def load(folder: str | Path, widen: bool | None = None) -> VideoViT:
     model.load_state_dict(state, assign=True)
     origins = (folder / name for name in ORIGINS)
     model.origins = {f.name: f.read_text("utf-8", "replace") for f in origins if f.is_file()}
-    if model.fp8 and widen is None and not has_fp8_units(torch.device("cuda")):
-        log.warning("%s has float8 weights, and no GPU here has float8 units: widened", folder)
+    if model.quantization is None:
+        return model.eval()
+    if widen is None and (reason := _widening(model)):
+        log.warning("%s has %s weights, and %s: widened", folder, model.quantization.title, reason)
         widen = True
-    return widened(model) if model.fp8 and widen else model.eval()
+    return widened(model) if widen else model.eval()
+
+
+def _widening(model: VideoViT) -> str:
+    """Why this machine computes the model with wide weights; empty if it does not."""
+    if model.quantization is FP8 and not has_fp8_units(torch.device("cuda")):
+        return "no GPU here has float8 units"
+    if model.quantization is INT8 and torch.cuda.is_available():
+        return "they are for CPUs, and there is a GPU here"
+    if model.quantization is INT8 and not has_int8_products():
+        return "PyTorch has no int8 products here"
+    return ""
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -210,7 +225,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def check_state(state: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> None:
     """Raises ValueError unless `state` has the names and shapes of `expected`, in finite floats.
 
-    Float8 is asked for and given at the same places; scales are float32 and positive.
+    8-bit weights are asked for and given at the same places; what belongs to them is float32 and
+    positive.
     """
     if missing := [name for name in expected if name not in state]:
         raise ValueError(f"{where} lacks {_some(missing)}, which its config asks for")
@@ -222,18 +238,23 @@ def check_state(state: dict[str, Tensor], expected: dict[str, Tensor], where: st
                 f"{where}: {name} has shape {list(state[name].shape)}, "
                 f"its config asks for {list(tensor.shape)}"
             )
-        dtype, is_scale = state[name].dtype, name.endswith(SCALE)
-        if not dtype.is_floating_point:
+        dtype, is_factor = state[name].dtype, name.endswith((SCALE, CHANNELS))
+        is_fixed = tensor.dtype in FORMATS or is_factor
+        if not is_fixed and not dtype.is_floating_point:
             raise ValueError(f"{where}: {name} must be floating point: got {dtype}")
-        if (dtype.itemsize == 1 or tensor.dtype == E4M3 or is_scale) and dtype != tensor.dtype:
-            what = tensor.dtype if tensor.dtype == E4M3 or is_scale else "16 bits wide at least"
+        if (dtype.itemsize == 1 or is_fixed) and dtype != tensor.dtype:
+            what = tensor.dtype if is_fixed else "16 bits wide at least"
             raise ValueError(f"{where}: {name} must be {what}: got {dtype}")
-        values = state[name].float() if dtype == E4M3 else state[name]
+        values = state[name].float() if dtype in FORMATS else state[name]
         low, high = map(float, values.aminmax())  # nan comes through
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError(f"{where}: {name} must be finite: it contains inf or nan")
-        if is_scale and low <= 0:
+        if is_factor and low <= 0:
             raise ValueError(f"{where}: {name} must be positive: got {low:g}")
+        if dtype == torch.int8 and max(-low, high) > LARGEST:
+            raise ValueError(
+                f"{where}: {name} must be in -{LARGEST}..{LARGEST}: got {low:g}..{high:g}"
+            )
 
 
 def _some(names: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from zeroi2v.config import RECIPES, ModelConfig
+from zeroi2v.model.quantization import Format
 
 # JSON files that may lie beside a model and say where it is from; the card says what is in them.
 ORIGINS = ("training.json", "conversion.json", "merge_report.json", "eval.json")
@@ -15,10 +16,12 @@ _FREE = {"image_size", "adapter", "head_dropout", "preprocess", "labels"}
 """Fields in which a model may differ from a recipe and be called by its name."""
 
 
-def model_card(config: ModelConfig, files: dict[str, str], fp8: bool = False) -> str:
+def model_card(
+    config: ModelConfig, files: dict[str, str], quantization: Format | None = None
+) -> str:
     """Markdown with the hub's header, for a model of `config` with `files` (name -> text) beside.
 
-    `fp8` says whether its blocks have float8 weights. Raises ValueError if one of `ORIGINS` is not
+    `quantization` is that of its blocks. Raises ValueError if one of `ORIGINS` is not
     JSON.
     """
     pixels = config.preprocess
@@ -44,7 +47,7 @@ def model_card(config: ModelConfig, files: dict[str, str], fp8: bool = False) ->
         "frame offset of each head": list(config.head_offsets),
         "adapted blocks": adapted_blocks(config),
         "weights": ("adapted, not merged yet" if config.adapter else "merged or plain: no adapters")
-        + ("; float8 (e4m3) in the blocks, a scale for each row" if fp8 else ""),
+        + (f"; {quantization.name} in the blocks, a scale for each row" if quantization else ""),
         "recipe": f"as published: {recipe}" if recipe else "none of the published ones",
     }
     rows |= _origins({name: _parsed(name, files[name]) for name in ORIGINS if name in files})

@@ -1,7 +1,7 @@
-"""What float8 costs in accuracy, as a table in Markdown: `python -m bench.fp8_table`.
+"""What 8-bit weights cost in accuracy, in Markdown: `python -m bench.quantization_table`.
 
-    python -m bench.fp8_table [RECIPE …]                        random weights, with outliers
-    python -m bench.fp8_table --model FOLDER --list FILE        a merged model on its videos
+    python -m bench.quantization_table [RECIPE …]                   random weights, with outliers
+    python -m bench.quantization_table --model FOLDER --list FILE   a merged model on its videos
 
 Models of random weights have their recipe's width, at most 12 blocks and 8 frames, and 2 x 2
 patches a frame: whole ones take minutes each. They have outliers that change nothing but what is
@@ -24,12 +24,12 @@ from zeroi2v import RECIPES, VideoViT, verify
 from zeroi2v.data.annotations import read_list
 from zeroi2v.data.views import ViewLoader
 from zeroi2v.inference import metrics, predict_views
-from zeroi2v.model.fp8 import quantized
+from zeroi2v.model.quantization import FP8, INT8, quantized
 from zeroi2v.reparam import relative_error, seeded_clips
 from zeroi2v.storage.checkpoint import load, model_folder
 
 CLIPS, DEPTH, FRAMES, GRID = 2, 12, 8, 2
-RANDOM = ("recipe", "bf16", "fp8", "limit", "worst block", "limit", "same class")
+RANDOM = ("recipe", "bf16", "fp8", "limit", "same class", "int8", "limit", "same class")
 TRAINED = ("weights", "bytes", "top-1", "same class")
 
 
@@ -63,33 +63,38 @@ def with_outliers(model: VideoViT, factor: float = 64.0) -> VideoViT:
 
 
 def random_row(name: str) -> list[str]:
-    """Relative errors of the logits to float64, and of the block nearest to its limit."""
+    """Relative errors of the logits to float64, and their limits."""
     config = RECIPES[name].model
     small = dict(depth=DEPTH, num_frames=FRAMES, image_size=GRID * config.patch_size)
     config = dataclasses.replace(config, **small, adapter=None)
     model = with_outliers(adapted_model(config, "cpu"))
-    clips = seeded_clips(model, CLIPS)
-    report = verify(model, quantized(model), clips)
+    clips, others = seeded_clips(model, 2 * CLIPS).split(CLIPS)
+    reports = [verify(model, quantized(model, kind, others), clips) for kind in (FP8, INT8)]
     with torch.no_grad():
         exact = model(clips)
         half = model.bfloat16()(clips)
-    errors = list(zip(report.per_block, report.per_block_limit, strict=True))
-    error, limit = max(errors, key=lambda pair: pair[0] / pair[1])
-    block = errors.index((error, limit))
-    cells = [relative_error(half, exact), report.rel, report.rel_limit]
-    agreement = f"{round(CLIPS * report.top1_agreement)} of {CLIPS}"
-    if not report.passed:
-        raise ValueError(f"{name} must pass: {report}")
-    return [name, *map(shown, cells), f"{block}: {shown(error)}", shown(limit), agreement]
+    cells = [shown(relative_error(half, exact))]
+    for report in reports:
+        if not report.passed:
+            raise ValueError(f"{name} must pass: {report}")
+        cells += [shown(report.rel), shown(report.rel_limit)]
+        cells.append(f"{round(CLIPS * report.top1_agreement)} of {CLIPS}")
+    return [name, *cells]
 
 
 def trained_rows(folder: str, source: str) -> list[list[str]]:
-    """Of a merged model: as it is, in bfloat16 and in float8, on all views of the list's videos."""
+    """Of a merged model: as it is, in bfloat16 and in 8 bits, on all views of the list's videos."""
     model = load(model_folder(folder))
-    models = {"as trained": model, "bf16": copy.deepcopy(model).bfloat16(), "fp8": quantized(model)}
     config, root = model.config, Path(source).parent
     samples = read_list(source, root, config.num_classes, config.labels)
     loader = ViewLoader(samples, config, batch_size=8, test=True)
+    seen = next(loader.epoch()).video[:, 0]
+    models = {
+        "as trained": model,
+        "bf16": copy.deepcopy(model).bfloat16(),
+        "fp8": quantized(model),
+        "int8": quantized(model, INT8, seen),
+    }
     rows, exact = [], None
     for name, one in models.items():
         index, probs = predict_views(one, loader, "cpu")

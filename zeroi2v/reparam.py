@@ -276,7 +276,9 @@ def main(argv: list[str]) -> None:
         choices=[*DTYPES, *QUANTIZED],
         help="of the merged weights (default: as is); fp8 and int8 take a merged model too",
     )
-    parser.add_argument("--clips", help="video list to verify on (default: seeded noise)")
+    parser.add_argument(
+        "--clips", help="video list to verify on, and to fit int8 to (default: seeded noise)"
+    )
     parser.add_argument("--root", help="folder the list's paths are relative to")
     args = parser.parse_args(argv)
 

@@ -1,0 +1,200 @@
+"""Processes forked from one that has imported all: no interpreter starts, and nothing is imported.
+
+`run` and `Popen` take our commands as `subprocess` does. `quick_workers` has the library's own
+workers forked as well. What is tested of the start itself needs `subprocess`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import warnings
+from multiprocessing import context, forkserver, process, reduction, resource_tracker
+from pathlib import Path
+from types import ModuleType
+
+from zeroi2v.data.fatal_files import without_main_program
+
+ROOT = Path(__file__).parents[2]
+
+
+def server() -> context.ForkServerContext:
+    """Forks processes from one that has imported all, which spares seconds, and has no threads."""
+    _QUICK.set_forkserver_preload(["preloaded", "training"])
+    path = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = f"{Path(__file__).parent}:{ROOT}:{path}"
+    forkserver.ensure_running()
+    os.environ["PYTHONPATH"] = path
+    return _QUICK
+
+
+class _Process(context.ForkServerProcess):
+    """Its parent, by which it is ended, is the server that forked it."""
+
+    def run(self) -> None:
+        multiprocessing.parent_process()._pid = os.getppid()
+        super().run()
+
+
+class _Quick(context.ForkServerContext):
+    Process = _Process
+
+
+_QUICK = _Quick()
+
+
+def quick_workers(monkeypatch) -> None:
+    """From now on processes that would be spawned are forked from the server."""
+    get_context = multiprocessing.get_context
+    server()
+    monkeypatch.setattr(
+        multiprocessing,
+        "get_context",
+        lambda method=None: _QUICK if method == "spawn" else get_context(method),
+    )
+
+
+class _Descriptor:
+    """A file descriptor that goes to a process with its arguments."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+    def __reduce__(self):
+        return _received, (reduction.DupFd(self.number),)
+
+
+def _received(duplicate) -> int:
+    return duplicate.detach()
+
+
+class Popen:
+    """`subprocess.Popen` of `[sys.executable, …]`: a script, `-m` a module or `-c` a program.
+
+    Streams are file descriptors, files, `DEVNULL`, or for `stdout` a `PIPE` of text; `stderr` may
+    be `STDOUT`.
+    """
+
+    def __init__(
+        self,
+        command,
+        *,
+        cwd=None,
+        env=None,
+        stdin=subprocess.DEVNULL,
+        stdout=None,
+        stderr=None,
+        text=True,
+        start_new_session=False,
+    ):
+        executable, *words = map(str, command)
+        assert executable == sys.executable and text, command
+        self.args, self.returncode, self.stdout = command, None, None
+        nothing = os.open(os.devnull, os.O_RDWR)
+        ends = []
+        if stdout == subprocess.PIPE:
+            ours, theirs = os.pipe()
+            self.stdout, stdout = os.fdopen(ours, encoding="utf-8"), theirs
+            ends.append(theirs)
+        streams = [
+            nothing if s == subprocess.DEVNULL else s if isinstance(s, int) else s.fileno()
+            for s in (stdin, stdout, stdout if stderr == subprocess.STDOUT else stderr)
+        ]
+        cwd, env = os.fspath(cwd or os.getcwd()), dict(os.environ if env is None else env)
+        arguments = (words, cwd, env, [_Descriptor(s) for s in streams], start_new_session)
+        self._process = server().Process(target=_command, args=arguments)
+        with without_main_program():
+            self._process.start()
+        self.pid = self._process.pid
+        for end in (nothing, *ends):
+            os.close(end)
+
+    def poll(self) -> int | None:
+        self.returncode = self._process.exitcode
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self.poll() is None:
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def run(
+    command, *, cwd=None, env=None, input="", timeout=None, check=False, **streams
+) -> subprocess.CompletedProcess:
+    """As `subprocess.run` with `capture_output=True, text=True`, or what `streams` says."""
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as out,
+        tempfile.TemporaryFile("w+", encoding="utf-8") as err,
+        tempfile.TemporaryFile("w+", encoding="utf-8") as given,
+    ):
+        given.write(input)
+        given.seek(0)
+        streams = dict(stdin=given, stdout=out, stderr=err) | streams
+        process = Popen(command, cwd=cwd, env=env, **streams)
+        try:
+            process.wait(timeout)
+        finally:
+            process.kill()
+            process.wait()
+        for file in (out, err):
+            file.seek(0)
+        done = subprocess.CompletedProcess(command, process.returncode, out.read(), err.read())
+    if check and done.returncode:
+        raise AssertionError(f"ended with {done.returncode}\n{done.stdout}{done.stderr}")
+    return done
+
+
+def _command(words, cwd, env, streams, own_session) -> None:
+    """Body of a process of `Popen`: what the interpreter does with its arguments."""
+    if own_session:
+        os.setsid()
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
+    process._parent_process = None
+    forkserver._forkserver.ensure_running = resource_tracker.ensure_running  # it is, elsewhere
+    multiprocessing.current_process().name = "MainProcess"
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.path[:0] = [p for p in env.get("PYTHONPATH", "").split(os.pathsep) if p]
+    warnings.filterwarnings("ignore", ".* found in sys.modules after import", RuntimeWarning)
+    kind, *rest = [word for word in words if word != "-u"]
+    try:
+        if kind == "-m":
+            sys.path.insert(0, cwd)
+            sys.argv = rest
+            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+        elif kind == "-c":
+            sys.path.insert(0, "")
+            sys.argv = ["-c", *rest[1:]]
+            main = sys.modules["__main__"] = ModuleType("__main__")
+            exec(compile(rest[0], "<string>", "exec"), main.__dict__)
+        else:
+            sys.path.insert(0, os.path.dirname(os.path.abspath(kind)))
+            sys.argv = [kind, *rest]
+            runpy.run_path(kind, run_name="__main__")
+    finally:
+        threading._shutdown()
+        atexit._run_exitfuncs()

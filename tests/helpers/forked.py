@@ -6,6 +6,7 @@ workers forked as well. What is tested of the start itself needs `subprocess`.
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 import warnings
 from multiprocessing import context, forkserver, process, reduction, resource_tracker
 from pathlib import Path
@@ -164,16 +166,21 @@ def run(
 
 
 def _command(words, cwd, env, streams, own_session) -> None:
-    """Body of a process of `Popen`: what the interpreter does with its arguments."""
+    """Body of a process of `Popen`; what it starts of this Python is forked from it."""
+    asyncio.create_subprocess_exec = _fork
+    forkserver._forkserver.ensure_running = resource_tracker.ensure_running  # it is, elsewhere
+    process._parent_process = None
+    multiprocessing.current_process().name = "MainProcess"
+    _become(words, cwd, env, streams, own_session)
+
+
+def _become(words, cwd, env, streams, own_session) -> None:
+    """What the interpreter does with its arguments, in a process that has been one before."""
     if own_session:
         os.setsid()
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
-        os.close(stream)
     sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
-    process._parent_process = None
-    forkserver._forkserver.ensure_running = resource_tracker.ensure_running  # it is, elsewhere
-    multiprocessing.current_process().name = "MainProcess"
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(cwd)
     os.environ.clear()
@@ -198,3 +205,45 @@ def _command(words, cwd, env, streams, own_session) -> None:
     finally:
         threading._shutdown()
         atexit._run_exitfuncs()
+
+
+class _Child:
+    """An `asyncio.subprocess.Process`."""
+
+    returncode = None
+
+    def __init__(self, pid: int):
+        self.pid = pid
+
+    async def wait(self) -> int:
+        while self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+            else:
+                await asyncio.sleep(0.01)
+        return self.returncode
+
+
+async def _fork(executable, *words, stdin, stdout, stderr, pass_fds, env, start_new_session):
+    """In place of `asyncio.create_subprocess_exec`: all files stay open, `pass_fds` among them."""
+    assert executable == sys.executable and stdin == subprocess.DEVNULL
+    sys.stdout.flush()
+    if pid := os.fork():
+        return _Child(pid)
+    status = 1
+    try:
+        asyncio.events._set_running_loop(None)
+        streams = [os.open(os.devnull, os.O_RDWR), stdout.fileno(), stderr.fileno()]
+        _become(words, os.getcwd(), env, streams, start_new_session)
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)

@@ -22,8 +22,6 @@ from multiprocessing import context, forkserver, process, reduction, resource_tr
 from pathlib import Path
 from types import ModuleType
 
-from zeroi2v.data.fatal_files import without_main_program
-
 ROOT = Path(__file__).parents[2]
 
 
@@ -80,8 +78,7 @@ def _received(duplicate) -> int:
 class Popen:
     """`subprocess.Popen` of `[sys.executable, …]`: a script, `-m` a module or `-c` a program.
 
-    Streams are file descriptors, files, `DEVNULL`, or for `stdout` a `PIPE` of text; `stderr` may
-    be `STDOUT`.
+    It reads nothing. `stdout` is a file or a `PIPE` of text, `stderr` a file or `STDOUT`.
     """
 
     def __init__(
@@ -90,33 +87,31 @@ class Popen:
         *,
         cwd=None,
         env=None,
+        stdout,
+        stderr,
         stdin=subprocess.DEVNULL,
-        stdout=None,
-        stderr=None,
-        text=True,
         start_new_session=False,
     ):
         executable, *words = map(str, command)
-        assert executable == sys.executable and text, command
+        assert executable == sys.executable and stdin == subprocess.DEVNULL, command
         self.args, self.returncode, self.stdout = command, None, None
-        nothing = os.open(os.devnull, os.O_RDWR)
-        ends = []
+        ours, theirs = os.pipe()
         if stdout == subprocess.PIPE:
-            ours, theirs = os.pipe()
-            self.stdout, stdout = os.fdopen(ours, encoding="utf-8"), theirs
-            ends.append(theirs)
-        streams = [
-            nothing if s == subprocess.DEVNULL else s if isinstance(s, int) else s.fileno()
-            for s in (stdin, stdout, stdout if stderr == subprocess.STDOUT else stderr)
-        ]
+            self.stdout = os.fdopen(os.dup(ours), encoding="utf-8")
+        out = theirs if stdout == subprocess.PIPE else stdout.fileno()
+        err = out if stderr == subprocess.STDOUT else stderr.fileno()
         cwd, env = os.fspath(cwd or os.getcwd()), dict(os.environ if env is None else env)
-        arguments = (words, cwd, env, [_Descriptor(s) for s in streams], start_new_session)
+        arguments = (words, cwd, env, _Descriptor(out), _Descriptor(err), start_new_session)
         self._process = server().Process(target=_command, args=arguments)
-        with without_main_program():
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")  # it need not import pytest's
+        try:
             self._process.start()
+        finally:
+            sys.modules["__main__"] = main
         self.pid = self._process.pid
-        for end in (nothing, *ends):
-            os.close(end)
+        os.close(ours)
+        os.close(theirs)
 
     def poll(self) -> int | None:
         self.returncode = self._process.exitcode
@@ -132,55 +127,39 @@ class Popen:
         if self.poll() is None:
             os.kill(self.pid, number)
 
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
 
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-
-
-def run(
-    command, *, cwd=None, env=None, input="", timeout=None, check=False, **streams
-) -> subprocess.CompletedProcess:
-    """As `subprocess.run` with `capture_output=True, text=True`, or what `streams` says."""
-    with (
-        tempfile.TemporaryFile("w+", encoding="utf-8") as out,
-        tempfile.TemporaryFile("w+", encoding="utf-8") as err,
-        tempfile.TemporaryFile("w+", encoding="utf-8") as given,
-    ):
-        given.write(input)
-        given.seek(0)
-        streams = dict(stdin=given, stdout=out, stderr=err) | streams
-        process = Popen(command, cwd=cwd, env=env, **streams)
+def run(command, *, cwd=None, env=None, timeout=None, check=False) -> subprocess.CompletedProcess:
+    """As `subprocess.run` with `capture_output=True, text=True`; `check` tells what was said."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        process = Popen(command, cwd=cwd, env=env, stdout=out, stderr=err)
         try:
             process.wait(timeout)
         finally:
-            process.kill()
-            process.wait()
+            process.send_signal(signal.SIGKILL)
+        said = []
         for file in (out, err):
             file.seek(0)
-        done = subprocess.CompletedProcess(command, process.returncode, out.read(), err.read())
-    if check and done.returncode:
-        raise AssertionError(f"ended with {done.returncode}\n{done.stdout}{done.stderr}")
+            said.append(file.read().decode())
+    done = subprocess.CompletedProcess(command, process.returncode, *said)
+    assert not (check and done.returncode), f"ended with {done.returncode}\n{''.join(said)}"
     return done
 
 
-def _command(words, cwd, env, streams, own_session) -> None:
+def _command(words, cwd, env, out, err, own_session) -> None:
     """Body of a process of `Popen`; what it starts of this Python is forked from it."""
     asyncio.create_subprocess_exec = _fork
     forkserver._forkserver.ensure_running = resource_tracker.ensure_running  # it is, elsewhere
     process._parent_process = None
     multiprocessing.current_process().name = "MainProcess"
-    _become(words, cwd, env, streams, own_session)
+    _become(words, cwd, env, out, err, own_session)
 
 
-def _become(words, cwd, env, streams, own_session) -> None:
+def _become(words, cwd, env, out, err, own_session) -> None:
     """What the interpreter does with its arguments, in a process that has been one before."""
     if own_session:
         os.setsid()
-    for number, stream in enumerate(streams):
-        os.dup2(stream, number)
-    sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
+    os.dup2(out, 1)
+    os.dup2(err, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(cwd)
     os.environ.clear()
@@ -234,8 +213,7 @@ async def _fork(executable, *words, stdin, stdout, stderr, pass_fds, env, start_
     status = 1
     try:
         asyncio.events._set_running_loop(None)
-        streams = [os.open(os.devnull, os.O_RDWR), stdout.fileno(), stderr.fileno()]
-        _become(words, os.getcwd(), env, streams, start_new_session)
+        _become(words, os.getcwd(), env, stdout.fileno(), stderr.fileno(), start_new_session)
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)

@@ -1,6 +1,5 @@
 """A process that is forked from a prepared one does what a started interpreter does."""
 
-import os
 import subprocess
 import sys
 

@@ -25,7 +25,7 @@ demo: .venv/installed
 	.venv/bin/python examples/demo.py
 
 test: .venv/installed check
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile tests bench
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests bench
 
 # Times what can be timed here and renders the report: in .venv if there is one, else with PYTHON,
 # which needs torch, triton, pytest, numpy, einops, safetensors, huggingface_hub, pyyaml and tqdm only.

@@ -13,6 +13,7 @@ import time
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -69,16 +70,26 @@ def encode(path: Path, codec: str, gop: int, frames: int = FRAMES, size=(HEIGHT,
     return str(path)
 
 
+class Video(NamedTuple):
+    """What is decoded, and how many clips of it."""
+
+    path: str
+    gop: int
+    frames: int
+    num_clips: int
+
+    def clips(self) -> list[np.ndarray]:
+        """Indices of clips of 8 frames, 16 apart, as training draws them."""
+        rng = np.random.default_rng(1)
+        return [dense_indices(self.frames, 8, 16, rng=rng)[0] for _ in range(self.num_clips)]
+
+
 @pytest.fixture(scope="module", params=(12, 50, 250))
-def video(request, tmp_path_factory) -> tuple[str, int]:
+def video(request, tmp_path_factory, timed) -> Video:
     gop = request.param
-    return encode(tmp_path_factory.mktemp("videos") / f"gop{gop}", "h264", gop), gop
-
-
-def clips_of(number: int) -> list[np.ndarray]:
-    """Indices of clips of 8 frames, 16 apart, as training draws them."""
-    rng = np.random.default_rng(1)
-    return [dense_indices(FRAMES, 8, 16, rng=rng)[0] for _ in range(number)]
+    frames, num_clips = (FRAMES, CLIPS) if timed else (FRAMES // 2, 2)
+    path = tmp_path_factory.mktemp("videos") / f"gop{gop}"
+    return Video(encode(path, "h264", gop, frames), gop, frames, num_clips)
 
 
 def ours(path: str, wanted: np.ndarray) -> np.ndarray:
@@ -124,8 +135,8 @@ GOALS = {"ours / torchcodec": 1.0, "ours / decord": 0.83}
 
 
 def bench_decoding(video, compare):
-    path, gop = video
-    clips = clips_of(CLIPS)
+    path, gop, _, num_clips = video
+    clips = video.clips()
     truth = np.stack([whole_decode(path, wanted) for wanted in clips])
     contestants, absent = {"ours": ours, "PyAV, whole file": whole_decode}, {}
     for name, rival in RIVALS.items():
@@ -154,20 +165,21 @@ def bench_decoding(video, compare):
         goals={pair: goal for pair, goal in GOALS.items() if pair.split(" / ")[1] in contestants},
         device="cpu",
         gop=gop,
-        clips=CLIPS,
+        clips=num_clips,
         threads=1,
     )
 
 
-def bench_decoding_and_augmentation(video, compare):
+def bench_decoding_and_augmentation(video, compare, timed):
     """A training clip as the loader makes it, whole: decoded, augmented, normalised."""
-    path, gop = video
+    path, gop, _, num_clips = video
     config = ModelConfig(num_frames=8)
-    samples = [Sample(path, 0)] * CLIPS
-    augmented = ClipLoader(samples, config, batch_size=CLIPS, augment=AugmentConfig())
-    plain = ClipLoader(samples, config, batch_size=CLIPS)
+    samples = [Sample(path, 0)] * num_clips
+    augment = AugmentConfig() if timed else AugmentConfig(rand_augment_ops=1)  # built in seconds
+    augmented = ClipLoader(samples, config, batch_size=num_clips, augment=augment)
+    plain = ClipLoader(samples, config, batch_size=num_clips)
     first, again = (next(iter(augmented.epoch(3))).video for _ in range(2))
-    assert first.equal(again) and first.shape == (CLIPS, 1, 3, 8, 224, 224)
+    assert first.equal(again) and first.shape == (num_clips, 1, 3, 8, 224, 224)
 
     epochs = {loader: count(4) for loader in (plain, augmented)}  # in turn: nothing is rebuilt
 
@@ -176,14 +188,14 @@ def bench_decoding_and_augmentation(video, compare):
 
     compare(
         {
-            "decode": lambda: [ours(path, wanted) for wanted in clips_of(CLIPS)],
+            "decode": lambda: [ours(path, wanted) for wanted in video.clips()],
             "decode, crop": partial(epoch, plain),
             "decode, augment": partial(epoch, augmented),
         },
         baseline="decode",
         device="cpu",
         gop=gop,
-        clips=CLIPS,
+        clips=num_clips,
         threads=1,
     )
 
@@ -200,10 +212,11 @@ def loader_of(path: str, decoder: str, clips: int, device: str, **arguments) -> 
 
 
 @pytest.mark.parametrize("codec", ENCODERS)
-def bench_pixels_by_codec(codec, tmp_path, store, device):
+def bench_pixels_by_codec(codec, tmp_path, store, device, timed):
     """How far DALI's colours are from PyAV's, on 0..255; the frames must be the same ones."""
     path = encode(tmp_path / codec, codec, 50, frames=100)
-    loaders = [loader_of(path, decoder, 4, device) for decoder in ("pyav", "dali")]
+    workers = 2 if timed else 0
+    loaders = [loader_of(path, name, 4, device, workers=workers) for name in ("pyav", "dali")]
     if loaders[1].plan.cutter is None or not any(
         capability.codec == codec for capability in loaders[1].plan.cutter.capabilities
     ):

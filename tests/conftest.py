@@ -1,5 +1,6 @@
 """Fixtures shared by the tests."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -11,6 +12,16 @@ from interpreter import make_quick
 if not torch.cuda.is_available():  # kernels run in Triton's interpreter; it reads this at import
     os.environ.setdefault("TRITON_INTERPRET", "1")
     make_quick()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def only_new_garbage():
+    """The modules that tests import make a million objects: each collection went through them all.
+
+    PyTorch and DeepSpeed collect garbage many times. What is there before a file's tests stays.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -50,13 +50,13 @@ def program(tmp_path_factory):
     subprocess.run([*pip, str(wheel)], check=True, timeout=100)
     (Path(place) / "later.pth").write_text(f"import sys; sys.path.append({packages!r})\n")
 
-    def run(*words: object, status: int = 0) -> str:
+    def run(*words: object) -> str:
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         done = subprocess.run(
             [folder / "env" / "bin" / words[0], *map(str, words[1:])],
             capture_output=True, text=True, cwd=folder, env=environment, timeout=250,
         )  # fmt: skip
-        assert done.returncode == status, done.stderr
+        assert done.returncode == 0, done.stderr
         return done.stdout
 
     return run
@@ -81,8 +81,7 @@ def test_it_trains_merges_and_predicts_out_of_the_tree(program, tmp_path):
 
 
 def test_recipes_are_there_by_name(program):
-    words = ["--config", "vit_b16_k400_8x16", "--dry-run", "data.train_list=nowhere.txt"]
-    program("python", "-m", "zeroi2v.train", *words, status=1)
+    assert "name of a recipe" in program("python", "-m", "zeroi2v.train", "--help")
     told = program("python", "-c", "from zeroi2v.train.config import load_config; "
                    "print(load_config('vit_l14_ssv2_32').model.num_frames)")  # fmt: skip
     assert told.strip() == "32"

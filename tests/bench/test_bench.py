@@ -3,11 +3,11 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from itertools import count
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -41,7 +41,7 @@ def run_bench(folder: Path, error: int, *options: str) -> tuple[str, dict | None
     command = [sys.executable, "-m", "pytest", *fixed, "--results", str(folder), str(folder)]
     # pytest-benchmark times nothing where tests share the machine, which this run does not know of.
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
-    done = subprocess.run([*command, *options], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = forked.run([*command, *options], cwd=ROOT, env=env)
     paths = list(folder.glob("*-*.json"))
     assert done.returncode == (1 if error else 0), done.stdout + done.stderr
     return done.stdout, json.loads(paths[0].read_text()) if paths else None
@@ -130,10 +130,8 @@ def test_attention_that_looks_the_wrong_way_fails_the_bench(tmp_path):
     (tmp_path / "broken.py").write_text(BROKEN)
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     command = "-m pytest bench/bench_zero_cost.py::bench_zero_cost[B/16-8-float32] -q"
-    done = subprocess.run(
-        [sys.executable, *command.split(), "-p", "broken"],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
-    )  # fmt: skip
+    env = os.environ | {"PYTHONPATH": path}
+    done = forked.run([sys.executable, *command.split(), "-p", "broken"], cwd=ROOT, env=env)
     assert "1 failed" in done.stdout and "has a relative error of" in done.stdout, done.stdout
 
 

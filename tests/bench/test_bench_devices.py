@@ -34,8 +34,9 @@ ARGUMENTS = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", BENCHES)
+@pytest.mark.parametrize(
+    "name, dtype", [*((name, "bfloat16") for name in BENCHES), ("throughput", "float16")]
+)
 def test_bench_has_all_of_its_tensors_on_the_gpu(name, dtype, monkeypatch):
     ran = []
 

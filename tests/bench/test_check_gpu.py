@@ -4,7 +4,9 @@ import json
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+import forked
 import pytest
 
 from bench import check_gpu
@@ -140,15 +142,21 @@ def test_every_selection_of_tests_finds_some():
         for chosen in (*STEPS, *check_gpu.SANITIZER[: len(check_gpu.SANITIZER) // 2])
         if chosen.command[1] == "pytest"
     ]  # the sanitizer's second tool runs the tests of the first
-    done = subprocess.run(
-        [sys.executable, "-c", COLLECT, json.dumps(selections)],
-        cwd=check_gpu.ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+    command = [sys.executable, "-c", COLLECT, json.dumps(selections)]
+    done = forked.run(command, cwd=check_gpu.ROOT)
     found = [line for line in done.stdout.splitlines() if line.startswith("STATUS")]
     assert found == [f"STATUS 0 {name}" for name, _ in selections], done.stdout + done.stderr
 
 
+@pytest.fixture
+def forked_steps(monkeypatch):
+    """Its processes are forked, not started: they import nothing."""
+    stand_in = SimpleNamespace(**vars(subprocess) | {"Popen": forked.Popen})
+    monkeypatch.setattr(check_gpu, "subprocess", stand_in)
+
+
 @pytest.mark.timeout(900)
+@pytest.mark.usefixtures("forked_steps")
 def test_dry_form_goes_through_all_steps(tmp_path, capsys, monkeypatch):
     status = main(["--dry", "--out", str(tmp_path)])
     out = capsys.readouterr().out

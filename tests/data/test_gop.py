@@ -24,6 +24,8 @@ from zeroi2v.data.nvdec import Capability
 from zeroi2v.data.pipeline import ClipLoader
 from zeroi2v.data.sampling import dense_indices, uniform_indices
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 CODECS = ("h264", "hevc", "av1", "vp9", "mjpeg")
 ALL = dataclasses.replace(
     DALI_CPU, capabilities=tuple(Capability(codec, "4:2:0", 8, 4096, 4096) for codec in CODECS)

@@ -74,6 +74,7 @@ def test_workers_do_not_outlive_a_killed_process(samples):
     assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize("how", ["deadly", "endless"])
 def test_a_file_that_kills_or_hangs_its_worker_is_named_and_replaced(
     samples, tmp_path, monkeypatch, how
@@ -94,6 +95,7 @@ def test_a_file_that_kills_or_hangs_its_worker_is_named_and_replaced(
     assert_same(batches, [*want.epoch(0), *want.epoch(1)])
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_workers_that_are_killed_for_no_fault_of_a_file_are_replaced_once_a_batch(samples):
     plain = list(ClipLoader(samples, config(), batch_size=2, augment=AUGMENT).epoch())
     loader = ClipLoader(samples, config(), batch_size=2, augment=AUGMENT, workers=2)

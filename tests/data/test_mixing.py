@@ -12,6 +12,8 @@ from zeroi2v.data.augment import AugmentConfig
 from zeroi2v.data.mixing import draw_box, mix
 from zeroi2v.data.pipeline import ClipLoader
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 LABEL = torch.tensor([3, 1, 4, 1])
 
 

@@ -27,6 +27,8 @@ from zeroi2v.data.nvdec import Capability
 from zeroi2v.data.packets import DecodeError
 from zeroi2v.data.pipeline import AugmentConfig, ClipLoader, check_bad_files
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 # Order
 
 

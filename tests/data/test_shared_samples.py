@@ -13,6 +13,8 @@ from zeroi2v.data.pipeline import ClipLoader, ClipSource
 from zeroi2v.data.shared_samples import SharedSamples
 from zeroi2v.data.views import ViewLoader
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 KINDS = [
     Sample("a b/ü\u2028.mp4", 3),
     Sample("/x.mp4", 0, 0.1, 1e-3 + 2),

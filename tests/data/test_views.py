@@ -19,6 +19,8 @@ from zeroi2v.data.decode import read_frames
 from zeroi2v.data.sampling import dense_indices, uniform_indices
 from zeroi2v.data.views import ViewLoader
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 
 @pytest.mark.parametrize("test", [False, True])
 def test_shards_see_each_sample_once_in_order(bad_samples, test):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import re
@@ -14,13 +13,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
+from forked import server
 from safetensors.torch import load_file
 from videos import write_video
 
@@ -120,17 +119,6 @@ def held_port() -> Iterator[int]:
                 holder.bind(("127.0.0.1", random.SystemRandom().randrange(20000, 30000)))
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # for the listener to come
         yield holder.getsockname()[1]
-
-
-def server() -> multiprocessing.context.BaseContext:
-    """Forks processes from one that has imported all, which spares seconds, and has no threads."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["preloaded", "training"])
-    path = os.environ.get("PYTHONPATH", "")
-    os.environ["PYTHONPATH"] = f"{Path(__file__).parent}:{ROOT}:{path}"
-    forkserver.ensure_running()
-    os.environ["PYTHONPATH"] = path
-    return context
 
 
 class Ranks:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from covering import pairwise
 from rounding import assert_within_budget
 from triton_ops import DEVICE, DTYPES, poisoned
 from zeroi2v_kernels.activation import (
@@ -23,10 +24,7 @@ def inputs(shape, dtype, has_bias, seed=0):
     return [t if t is None else t.to(DEVICE, dtype).requires_grad_() for t in (x, bias)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(*pairwise(kind=KINDS, has_bias=(False, True), shape=SHAPES, dtype=DTYPES))
 def test_value_and_gradients_are_as_exact_as_pytorch_s(kind, has_bias, shape, dtype):
     tensors = inputs(shape, dtype, has_bias)
     with poisoned():

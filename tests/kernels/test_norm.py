@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from covering import pairwise
 from rounding import assert_within_budget
 from triton_ops import DEVICE, DTYPES, poisoned
 from zeroi2v_kernels.norm import (
@@ -24,10 +25,9 @@ def inputs(shape, dtype, has_residual, seed=0, weight_dtype=None):
     return [t if t is None else t.to(DEVICE).requires_grad_() for t in tensors]
 
 
-@pytest.mark.parametrize("centres", [True, False])
-@pytest.mark.parametrize("has_residual", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    *pairwise(centres=(True, False), has_residual=(False, True), shape=SHAPES, dtype=DTYPES)
+)
 def test_values_and_gradients_are_as_exact_as_pytorch_s(centres, has_residual, shape, dtype):
     rest = (1e-5, centres)
     with poisoned():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from attention import attention, packed_attention
+from covering import pairwise
 from rounding import assert_within_budget, excesses, values
 from zeroi2v_kernels.stdha import stdha
 
@@ -53,12 +54,15 @@ def unwritten_gradient(qkv):
     return packed_attention(_GradientWithoutLastKeys.apply(qkv), OFFSETS)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tokens", [33, 197])
 @pytest.mark.parametrize(
-    "fault",
-    [without_last_keys, last_tile_reads_its_own_frame, tile_given_twice, unwritten_gradient],
-)
+    *pairwise(
+        fault=(
+            without_last_keys, last_tile_reads_its_own_frame, tile_given_twice, unwritten_gradient,
+        ),
+        tokens=(33, 197),
+        dtype=(torch.float32, torch.bfloat16, torch.float16),
+    )
+)  # fmt: skip
 def test_a_wrong_tile_exceeds_its_budget_by_far(fault, tokens, dtype):
     assert max(excess_of(fault, draw(tokens, dtype))) > 20
 

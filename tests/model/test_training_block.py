@@ -18,6 +18,7 @@ from blocks import (
     trained,
     value_and_grads,
 )
+from covering import pairwise
 from models import build, small_config
 from rounding import excesses, values
 from torch.func import functional_call
@@ -200,9 +201,13 @@ PRECISIONS = {
 }
 
 
-@pytest.mark.parametrize("memory", POLICIES)
-@pytest.mark.parametrize("cls_only", [False, True])
-@pytest.mark.parametrize("precision", [*PRECISIONS, "bf16, attention by matrix products"])
+@pytest.mark.parametrize(
+    *pairwise(
+        precision=(*PRECISIONS, "bf16, attention by matrix products"),
+        cls_only=(False, True),
+        memory=POLICIES,
+    )
+)
 def test_rounding_errors_are_those_of_plain_autograd(monkeypatch, precision, cls_only, memory):
     if precision not in PRECISIONS:
         monkeypatch.setattr(choice, "matmul_pays", lambda *_: True)

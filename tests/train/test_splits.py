@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import yaml
 from training import wait_for
@@ -193,8 +194,8 @@ def test_a_stop_signal_is_handed_on_and_the_same_command_goes_on(config, tmp_pat
         "optim.epochs=400",
     ]  # fmt: skip
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    process = forked.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env=env | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
     )  # fmt: skip
     lines = []

@@ -1,5 +1,6 @@
 """serve: its API in a real process, its limits, and its page in a real browser."""
 
+import io
 import json
 import os
 import shutil
@@ -16,6 +17,8 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 from models import build, small_config
 from videos import write_numbered
@@ -273,12 +276,13 @@ def browsers():
         pytest.skip("needs chromium and its driver")
     opened = []
 
-    def browser(width: int = 1280):
+    def browser(width: int = 1280, *more: str):
         options = webdriver.ChromeOptions()
         for word in (
             "headless=new", "no-sandbox", "disable-gpu", "no-first-run", "disable-sync",
             "disable-background-networking", "disable-dev-shm-usage",
             f"user-data-dir={tempfile.mkdtemp()}", f"window-size={width},900",
+            *more,
         ):  # fmt: skip
             options.add_argument(f"--{word}")
         options.binary_location = found[0]
@@ -320,3 +324,40 @@ def test_the_page_in_a_browser_for_two_people_at_once(server, folder, browsers):
     assert one.find_element("css selector", "#picture img").get_attribute("src").startswith("data:")
     wide = two.execute_script("return document.documentElement.scrollWidth - innerWidth")
     assert wide <= 0
+
+
+def write_camera(path: Path) -> None:
+    """MJPEG for Chromium's fake camera: the left half of the picture is white, the right black."""
+    with av.open(str(path), "w", format="mjpeg") as film:
+        stream = film.add_stream("mjpeg", 25)
+        stream.width, stream.height, stream.pix_fmt = 320, 240, "yuvj420p"
+        picture = np.zeros((240, 320, 3), np.uint8)
+        picture[:, :160] = 255
+        film.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+
+
+def test_the_page_classifies_what_the_webcam_saw_unmirrored(server, tmp_path, browsers):
+    write_camera(tmp_path / "camera.mjpeg")
+    page = browsers(
+        1280, "use-fake-device-for-media-stream", "use-fake-ui-for-media-stream",
+        f"use-file-for-fake-video-capture={tmp_path / 'camera.mjpeg'}",
+    )  # fmt: skip
+    page.get(server.url)
+    page.find_element("css selector", "#clip [aria-label='Capture from camera']").click()
+    page.find_element("xpath", "//*[@id='clip']//button[contains(., 'Webcam')]").click()
+    record = page.find_element("css selector", "#clip [aria-label='start recording']")
+    record.click()
+    time.sleep(1.5)
+    record.click()
+    page.find_element("css selector", "#clip [aria-label='Clear']")  # it is uploaded
+    icons = page.find_element("css selector", "#clip [data-testid=source-select]").rect
+    clip = page.find_element("css selector", "#clip").rect
+    assert icons["y"] + icons["height"] <= clip["y"] + clip["height"]
+    page.find_element("css selector", "#go").click()
+    player = page.find_element("css selector", ".z-player video")
+    film = urllib.request.urlopen(player.get_attribute("src"), timeout=30).read()
+    with av.open(io.BytesIO(film)) as container:
+        assert container.duration / 1e6 == pytest.approx(1.5, abs=1)
+        frame = next(container.decode(video=0)).to_ndarray(format="gray")
+    left, right = (half.mean() for half in np.split(frame, 2, axis=1))
+    assert left > 200 and right < 50

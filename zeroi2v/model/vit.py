@@ -382,9 +382,12 @@ class AttentionPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, T, N, C]` -> `[B, T, C]`."""
-        key_value = self.key_value(x).unflatten(-1, (2, self.num_heads, -1))
+        frames = x.flatten(0, 1)  # attention of 4 dimensions has kernels on a GPU, and is in ONNX
+        key_value = self.key_value(frames).unflatten(-1, (2, self.num_heads, -1))
         query = self.query.to(x.dtype).view(self.num_heads, 1, -1)
-        query = query.expand(*x.shape[:2], -1, -1, -1)  # [B, T, H, 1, D]
-        key, value = key_value.permute(3, 0, 1, 4, 2, 5)  # [B, T, H, N, D] each
-        x = self.out_proj(F.scaled_dot_product_attention(query, key, value).flatten(-3))
+        # A copy, in memory that is aligned alike wherever the weights were loaded to: equal bits.
+        query = query.repeat(frames.shape[0], 1, 1, 1)  # [B*T, H, 1, D]
+        key, value = key_value.permute(2, 0, 3, 1, 4)  # [B*T, H, N, D] each
+        read = F.scaled_dot_product_attention(query, key, value).flatten(1)
+        x = self.out_proj(read).unflatten(0, (-1, x.shape[1]))
         return x + self.mlp(self.ln(x))

@@ -152,6 +152,8 @@ class Jobs:
                         f"got {seconds / 60:.0f}"
                     )
             played = codec.codec.canonical_name in PLAYED.get(container.format.name, ())
+            # What a browser records says no length, and its player would show none.
+            played = played and container.duration is not None
             return {
                 "seconds": round(seconds, 3),
                 "width": codec.width,

@@ -20,6 +20,7 @@ COLOURS = "#4e79a7 #f28e2b #59a14f #b6992d #e15759 #499894 #d37295 #9d7660 #7970
 CSS = """
 .gradio-container { max-width: 1100px !important; width: 100% !important;
   margin: 0 auto !important; }
+#clip video { max-height: 258px; }  /* leaves room for Gradio's icons below it */
 .z-line button, .z-part { margin: 0 !important; }
 .z-player video { width: 100%; max-height: 420px; background: #000; border-radius: 8px; }
 .z-line { display: flex; height: 34px; margin: 4px 0 6px; border-radius: 6px; overflow: hidden; }
@@ -60,7 +61,7 @@ def build_page(service: Service) -> Any:
                     label="Drop a clip here, or record one",
                     sources=["upload", "webcam"],
                     elem_id="clip",
-                    height=260,
+                    height=300,
                 )
                 path = gr.Textbox(
                     label="or a path on the server",

@@ -319,7 +319,7 @@ def _section(section: Section, machines: list[dict], files: Collection[str], fol
             missing.append(where(results))
     parts = [f"## {section.title}", section.text]
     parts += [_sourced(header, rows)] if rows else []
-    parts += [f"Not measured on {', '.join(missing)}."] if missing else []
+    parts += [f"Not measured on {'; '.join(missing)}."] if missing else []
     parts += _figures(machines, files, folder, *section.picture) if section.picture else []
     return "\n\n".join(parts)
 

@@ -105,12 +105,12 @@ def test_predict_writes_the_lines_of_one_process_in_the_order_of_the_list(place,
     assert sorted(tmp_path.glob("all*")) == [out]
 
 
-def dies_after_its_first(seconds: float = 3) -> None:
-    """Rank 1 is killed; the others wait for that long."""
-    processes.limit = lambda: timedelta(seconds=seconds)
+def dies_after_its_first() -> None:
+    """Rank 1 is killed; the others, once they have begun, wait three seconds for it."""
     add = Results.add
 
     def add_and_die(self, result):
+        processes.limit = lambda: timedelta(seconds=3)
         add(self, result)
         if os.environ["RANK"] == "1":
             with open(f"{self.path}.part1", "a") as file:

@@ -40,6 +40,9 @@ from zeroi2v.processes import gather, joined, rank, shared_bar, together, told_o
 from zeroi2v.storage.checkpoint import fetch, model_folder
 from zeroi2v.storage.runtimes import load_deployed
 
+Part = tuple[Tensor, Tensor, dict[str, str]]
+"""Index int64 [n], probabilities float32 [n, K] and bad files of one process."""
+
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
@@ -63,20 +66,22 @@ def main(argv: list[str]) -> None:
         "--out", help="JSON file of the figures; predictions and confusion matrix go beside it"
     )
     args = parser.parse_args(argv)
-    with joined() as device, told_once("start it again"):
-        evaluate(args, device or default_device())
+    with joined() as device:
+        with told_once("start it again"):
+            job, parts, seconds = evaluate(args, device or default_device())
+        if rank() == 0:  # the others have done their part
+            report(args, job, parts, seconds)
 
 
-def evaluate(args: argparse.Namespace, device: torch.device) -> None:
-    """What `main` does, in every process that shares the list; the first one reports."""
+def evaluate(args: argparse.Namespace, device: torch.device) -> tuple[Job, list[Part], float]:
+    """What was evaluated, what each process that shares the list has found, and the seconds."""
     job = together(lambda: prepare(args, device))
     started = time.perf_counter()
     with shared_bar(len(job.loader.samples), "evaluate") as bar, as_graph(job.model, job.loader):
         dtype = None if job.is_native else torch.float32  # what deployed models take
         found = predict_views(job.model, job.loader, device, dtype, bar)
     parts = gather((*found, job.loader.bad_files))
-    if rank() == 0:
-        report(args, job, parts, time.perf_counter() - started)
+    return job, parts, time.perf_counter() - started
 
 
 @dataclass
@@ -126,16 +131,10 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Job:
     return Job(model, source, loader, out)
 
 
-def report(
-    args: argparse.Namespace,
-    job: Job,
-    parts: list[tuple[Tensor, Tensor, dict[str, str]]],
-    seconds: float,
-) -> None:
+def report(args: argparse.Namespace, job: Job, parts: list[Part], seconds: float) -> None:
     """Prints the figures, and writes what `--out` asks for.
 
-    `parts` are index int64 [n], probabilities float32 [n, K] and bad files of each process. Raises
-    ValueError if too many videos are bad.
+    Raises ValueError if too many videos are bad.
     """
     config, samples, views = job.model.config, job.loader.samples, job.loader.views
     indices, probs, bad = zip(*parts, strict=True)

@@ -82,13 +82,22 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seconds", type=float, default=5, help="of a camera (default: 5)")
     args = parser.parse_intermixed_args(argv)
     advice = "start it again: it continues the --out file"
-    with joined() as device, told_once(advice):
-        classify(args, device)
-
-
-def classify(args: argparse.Namespace, device: torch.device | None) -> None:
-    """What `main` does, in every process that shares the videos; the first one reports."""
     started = time.perf_counter()
+    with joined() as device:
+        with told_once(advice):
+            job, failed = classify(args, device)
+        if rank():  # the first one does the rest
+            return
+        if world_size() > 1:
+            job.out.collect(args.batch_size)
+    if failed:
+        where = args.out or "above"
+        raise ValueError(f"{failed} of {job.count} files can't be decoded: see {where}")
+    print(f"{job.count} classified in {time.perf_counter() - started:.1f} s", file=sys.stderr)
+
+
+def classify(args: argparse.Namespace, device: torch.device | None) -> tuple[Job, int]:
+    """What was to be done, and how many videos of all processes can't be decoded."""
     job = together(lambda: prepare(args, device))
     if job.out is not None:
         first_alone(lambda: job.out.collect(args.batch_size))
@@ -111,16 +120,7 @@ def classify(args: argparse.Namespace, device: torch.device | None) -> None:
             if args.json or job.out is None:
                 _show(result, args.json)
             advance(1)
-    failed = sum(gather(failed))
-    if rank():
-        return
-    if world_size() > 1:
-        job.out.collect(args.batch_size)
-    if failed:
-        where = args.out or "above"
-        raise ValueError(f"{failed} of {job.count} files can't be decoded: see {where}")
-    seconds = time.perf_counter() - started
-    print(f"{job.count} classified in {seconds:.1f} s", file=sys.stderr)
+    return job, sum(gather(failed))
 
 
 @dataclass

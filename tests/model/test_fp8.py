@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from models import FAMILIES, build, family_config, small_config
+from quantized import lost_bias, no_split, rows
 from zeroi2v_kernels import choice
 from zeroi2v_kernels.quantize import quantize_rows
 from zeroi2v_kernels.quantize_reference import E4M3, LARGEST, UNIT
@@ -17,13 +18,6 @@ from zeroi2v.model.fp8 import fp8_linear
 from zeroi2v.model.quantization import FP8, quantized, widened
 from zeroi2v.reparam import merge, relative_error, seeded_clips, verify
 from zeroi2v.storage.checkpoint import load, weights_hash
-
-
-def rows(count=6, width=64, outlier=100.0):
-    """Rows of very different size, with two channels of outliers."""
-    x = torch.randn(count, width, generator=torch.Generator().manual_seed(0))
-    x[:, [3, 40]] *= outlier
-    return x * 4.0 ** -torch.arange(count)[:, None]
 
 
 def within_rounding(x, values, scale):
@@ -149,22 +143,9 @@ def test_the_kernels_way_through_the_mlp_is_the_same(native, monkeypatch):
     assert 0 < relative_error(found.double(), expected.double()) < UNIT
 
 
-def no_split(model):
-    """The keys' and values' rows with the scales of others."""
-    for block in model.transformer.resblocks:
-        scale = block.attn.in_proj_weight_scale
-        scale.copy_(scale.roll(48))
-    return model
-
-
 def another_row(model):
     scale = model.transformer.resblocks[1].mlp.c_proj.weight_scale
     scale.copy_(scale.roll(1))
-    return model
-
-
-def lost_bias(model):
-    model.transformer.resblocks[2].mlp.c_fc.bias.zero_()
     return model
 
 

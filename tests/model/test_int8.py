@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from models import FAMILIES, build, family_config, small_config
+from quantized import lost_bias, no_split, rows
 from zeroi2v_kernels import choice
 
 from bench.quantization_table import with_outliers
@@ -15,13 +16,6 @@ from zeroi2v.model.int8 import channel_factors, int8_linear, pack, round_rows, r
 from zeroi2v.model.quantization import INT8, quantized, widened
 from zeroi2v.reparam import merge, relative_error, seeded_clips, verify
 from zeroi2v.storage.checkpoint import load, weights_hash
-
-
-def rows(count=6, width=64, outlier=100.0):
-    """Rows of very different size, with two channels of outliers."""
-    x = torch.randn(count, width, generator=torch.Generator().manual_seed(0))
-    x[:, [3, 40]] *= outlier
-    return x * 4.0 ** -torch.arange(count)[:, None]
 
 
 def test_rows_are_rounded_to_the_nearest_step_of_their_own():
@@ -167,22 +161,9 @@ def test_weights_are_laid_out_once_and_again_after_a_change():
     assert not any("pack" in name for name in model.state_dict())
 
 
-def no_split(model):
-    """The keys' and values' rows with the scales of others."""
-    for block in model.transformer.resblocks:
-        scale = block.attn.in_proj_weight_scale
-        scale.copy_(scale.roll(48))
-    return model
-
-
 def another_channel(model):
     channels = model.transformer.resblocks[1].mlp.c_proj.weight_channels
     channels.copy_(2 * channels)
-    return model
-
-
-def lost_bias(model):
-    model.transformer.resblocks[2].mlp.c_fc.bias.zero_()
     return model
 
 

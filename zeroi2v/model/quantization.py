@@ -78,8 +78,9 @@ class QuantizedWeights(nn.Module):
         factor: float = 1.0,
     ) -> Tensor:
         """`factor * x W^T + bias` for the weight of that name, or its `rows` (from, to) alone."""
-        part = slice(*rows) if rows else slice(None)
-        weight, scale = getattr(self, name)[part], getattr(self, name + SCALE)[part]
+        weight, scale = getattr(self, name), getattr(self, name + SCALE)
+        if rows:
+            weight, scale = weight[slice(*rows)], scale[slice(*rows)]
         scale = scale if factor == 1 else factor * scale
         if weight.dtype == E4M3:
             return fp8_linear(x, weight, scale, bias)
